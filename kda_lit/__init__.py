@@ -1,0 +1,24 @@
+"""Kimi Delta Attention, explained by building it. Every public name of the notebooks is importable from here.
+
+This file is written by hand; nbdev keeps only the version. `l2norm` and `solve_tril` are functions that are called like
+their modules, so the modules are imported now and their names put over them. What needs transformers waits until it is
+asked for.
+"""
+__version__ = "0.1.0"
+
+from importlib import import_module
+
+from .utils import *
+from .cumsum import *
+from .l2norm import *
+
+_LATER = dict.fromkeys(("KDAConfig", "KDAModel", "KDAForCausalLM", "KDACache"), ".model")
+
+
+def __getattr__(name):
+    "A name that is imported when it is first asked for."
+    if name not in _LATER: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name], __name__), name)
+
+
+def __dir__(): return sorted({*globals(), *_LATER})

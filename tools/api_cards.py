@@ -1,0 +1,103 @@
+"""Reference cards: from an exported definition to the Sphinx entry that names, indexes and documents it.
+
+A card is made from the source text alone. Nothing is imported or executed, so a page about a GPU kernel builds on a
+laptop, and every interpreter writes the same card.
+"""
+import ast
+import io
+import tokenize
+from copy import deepcopy
+
+HEAD = ("Parameter", "Type", "Default", "Meaning")
+
+
+def definitions(source):
+    "The public functions and classes of a cell."
+    return [node for node in ast.parse(source).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+
+
+def comments(source):
+    "`{line number: trailing comment}`"
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+
+
+def parameters(function):
+    "`(argument, default or None)` in order, without `self`."
+    args = function.args
+    plain = args.posonlyargs + args.args
+    defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults
+    rows = [*zip(plain, defaults), (args.vararg, None), *zip(args.kwonlyargs, args.kw_defaults), (args.kwarg, None)]
+    return [(arg, default) for arg, default in rows if arg and arg.arg not in ("self", "cls")]
+
+
+def signature(name, function):
+    "`name(a, b=1) -> Tensor`: no annotations but that of the result, no `self`."
+    bare = deepcopy(function.args)
+    for arg in ast.walk(bare):
+        if isinstance(arg, ast.arg): arg.annotation = None
+    first = next(iter(bare.args), None)
+    if first and first.arg in ("self", "cls"): del bare.args[0]
+    arrow = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+    return f"{name}({ast.unparse(bare)}){arrow}"
+
+
+def code(node):
+    return f"`{ast.unparse(node)}`".replace("|", r"\|") if node else ""
+
+
+def prose(comment):
+    "A comment as the text of a table cell."
+    text = comment.replace("|", r"\|")
+    return text if "`" in text else text.replace("*", r"\*")
+
+
+def table(function, source):
+    "The parameters with their types, defaults and trailing comments, as Markdown; columns that stay empty are left out."
+    notes, back = comments(source), function.returns
+    result = prose(notes.pop(back.end_lineno, "")) if back else ""
+    rows = [(f"`{arg.arg}`", code(arg.annotation), code(default), prose(notes.get(arg.end_lineno, "")))
+            for arg, default in parameters(function)]
+    if result: rows.append(("*returns*", code(back), "", result))
+    if not rows: return ""
+    keep = [i for i in range(4) if any(row[i] for row in rows)]
+    lines = [HEAD, ["---"] * 4, *rows]
+    return "\n".join("| " + " | ".join(line[i] for i in keep) + " |" for line in lines)
+
+
+def folded(text):
+    "Behind a click: the code right below the card says the same."
+    raw = "```{{raw}} html\n{}\n```"
+    return f"{raw.format('<details><summary>Parameters and shapes</summary>')}\n\n{text}\n\n{raw.format('</details>')}"
+
+
+def entry(kind, name, node, function, source, module, shown, inner=()):
+    "One `py:function`, `py:class` or `py:method` directive. Where the page shows the code, it need not say it twice."
+    doc, grid = "" if shown else ast.get_docstring(node) or "", table(function, source) if function else ""
+    if grid: grid = f"::::{{container}} api-table\n\n{folded(grid) if shown else grid}\n\n::::"
+    fence = "`" * (8 if inner else 6)
+    title = signature(name, function) if function else name
+    return "\n\n".join([f"{fence}{{py:{kind}}} {title}\n:module: {module}", doc, grid, *inner, fence])
+
+
+def methods(cls):
+    "The public methods of a class that say what they do, and `__init__` first."
+    found = [node for node in cls.body if isinstance(node, ast.FunctionDef)]
+    init = next((node for node in found if node.name == "__init__"), None)
+    return init, [node for node in found if not node.name.startswith("_") and ast.get_docstring(node)]
+
+
+def cards(source, module, shown):
+    """`{qualified name: Markdown}` for the definitions of a cell; methods stand in their class's card and map to "".
+    `shown` says whether the page shows the code of the cell."""
+    found = {}
+    for node in definitions(source):
+        if isinstance(node, ast.FunctionDef):
+            found[f"{module}.{node.name}"] = entry("function", node.name, node, node, source, module, shown)
+            continue
+        init, public = methods(node)
+        inner = [entry("method", f"{node.name}.{m.name}", m, m, source, module, shown) for m in public]
+        found[f"{module}.{node.name}"] = entry("class", node.name, node, init, source, module, shown, inner)
+        found |= {f"{module}.{node.name}.{m.name}": "" for m in public}
+    return found
