@@ -31,20 +31,22 @@ def chunk_kda_fwd(
     output_final_state: bool,
     cu_seqlens: Tensor | None = None,  # [N+1]
     chunk_size: int = 64,
-) -> tuple[Tensor, Tensor | None]:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] in float32 or None
-    """KDA's forward pass in chunks, equation 1, without checks.
+) -> tuple[Tensor, Tensor | None]:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] or None
+    """KDA's forward pass in chunks, equation 1, without checks. The state is float32.
     Source: Eq. 6-9; fla/ops/kda/chunk.py chunk_kda_fwd"""
     (B, T, HV, V), K, dtype = v.shape, k.shape[-1], compute_dtype(q, k, v, g, beta)
     qc, kc, vc, gc, bc = (to_chunks(share_heads(x.to(dtype), HV), cu_seqlens, chunk_size)
                           for x in (q, k, v, g, beta))
     offsets = first_chunks(cu_seqlens, B, T, chunk_size)
-    S = vc.new_zeros(len(offsets) - 1, HV, K, V) if initial_state is None else initial_state.to(dtype)
+    S = initial_state
+    if S is None: S = vc.new_zeros(len(offsets) - 1, HV, K, V)
 
     Aqk, Akk = intra_chunk(qc, kc, gc, bc, scale)
-    w, u = wy_vectors(kc, vc, bc, Akk, gc)
-    kg, decay = kc * until_end(gc).exp(), gc.sum(-2).exp()
-    h, v_new, S = chunk_scan(w, u, kg, decay, S, offsets)
-    o = read_out(qc * scale, gc, Aqk, v_new, h)
+    faded = since_start(gc).exp()
+    w, u = wy_vectors(kc * faded, vc, bc, Akk)
+    h, v_new, S = chunk_scan(w, u, kc * until_end(gc).exp(), faded[..., -1, :],
+                             S.to(dtype), offsets)
+    o = read_out(qc * faded * scale, Aqk, v_new, h)
 
     o = from_chunks(o, cu_seqlens, B, T).to(v.dtype)
     return o, S if output_final_state else None
@@ -58,15 +60,16 @@ def chunk_kda(
     g: Tensor,  # natural-log decays ≤ 0, [B, T, HV, K]
     beta: Tensor,  # write strengths, [B, T, HV]
     scale: float | None = None,  # multiplies q; None: K ** -0.5
-    initial_state: Tensor | None = None,  # [N, HV, K, V], N = B or the number of packed sequences
+    initial_state: Tensor | None = None,  # [N, HV, K, V], N = B or the packed sequences
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,  # scale q and k to unit length first
     cu_seqlens: Tensor | None = None,  # borders of packed sequences (then B = 1), [N+1]
     *,
     chunk_size: int = 64,  # 32 or 64
-) -> tuple[Tensor, Tensor | None]:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] in float32 or None
-    """Kimi Delta Attention, in chunks; differentiable. Half precision is computed in float32.
-    Raises ValueError for a wrong shape or range, TypeError for a wrong dtype, before anything runs.
+) -> tuple[Tensor, Tensor | None]:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] or None
+    """Kimi Delta Attention, in chunks; differentiable.
+    Half precision is computed in float32, and the state is float32. Raises ValueError for a
+    wrong shape or range, TypeError for a wrong dtype, before anything runs.
     Source: Eq. 1 in the form of Eq. 6-9; fla/ops/kda/chunk.py chunk_kda"""
     n = check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
     require(chunk_size in (32, 64), "chunk_size", "32 or 64", chunk_size)

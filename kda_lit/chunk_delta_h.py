@@ -32,7 +32,7 @@ def chunk_scan(
     decay: Tensor,  # e^(G_C), [NT, H, K]
     S: Tensor,  # initial states, [N, H, K, V]
     offsets: Tensor,  # first chunk of each sequence, [N+1]
-) -> tuple[Tensor, Tensor, Tensor]:  # h [NT, H, K, V], v_new [NT, H, C, V], final states [N, H, K, V]
+) -> tuple[Tensor, Tensor, Tensor]:  # h [NT, H, K, V], v_new [NT, H, C, V], final [N, H, K, V]
     "Walk the states through their chunks; h is the state on entry to each. Source: Eq. 8"
     length, longest_first = offsets.diff().sort(descending=True, stable=True)
     first, S = offsets[longest_first], S[longest_first]
@@ -53,7 +53,8 @@ def chunk_scan(
 def fade_to_end(
     G: Tensor,  # cumulative log-decay of whole chunks, zero in the padding, [..., C, K]
 ) -> tuple[Tensor, Tensor]:  # e^(G_last) [..., K], e^(G_last − G) [..., C, K]
-    "What is left at a chunk's end: of the old state, and of each token's write. Source: Eq. 8"
+    """What is left at a chunk's end: of the old state, and of each token's write.
+    Source: Eq. 8"""
     last = G.amin(-2, keepdim=True)
     return last.squeeze(-2).exp(), (last - G).clamp(max=0).exp()
 
@@ -71,7 +72,7 @@ def first_chunks(
 # %% ../nbs/20_chunk_delta_h.ipynb #c023
 @operator
 def chunk_gated_delta_rule_fwd_h(
-    k: Tensor,  # with gk: kg, keys faded to their chunk's end; with g: plain keys, [B, T, H, K]
+    k: Tensor,  # with gk: kg, faded to the chunk's end; with g: plain keys, [B, T, H, K]
     w: Tensor,  # [B, T, H, K]
     u: Tensor,  # [B, T, H, V]
     g: Tensor | None = None,  # cumulative log-decay per head, natural log, [B, T, H]
@@ -81,8 +82,9 @@ def chunk_gated_delta_rule_fwd_h(
     chunk_size: int = 64,
     save_new_value: bool = True,
     cu_seqlens: Tensor | None = None,  # [N+1]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # h [B, NT, H, K, V], v_new [B, T, H, V], final state
-    """States on entry to each chunk, what each token writes, final states [N, H, K, V] in float32.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # h, v_new, final state
+    """States on entry to each chunk, h [B, NT, H, K, V]; what each token writes, v_new
+    [B, T, H, V]; final states [N, H, K, V]. States are float32.
     Raises ValueError for a wrong shape, TypeError for a wrong dtype.
     Source: Eq. 8; fla/ops/common/chunk_delta_h.py chunk_gated_delta_rule_fwd_h"""
     n = check_shapes(k=(k, "B T H K"), w=(w, "B T H K"), u=(u, "B T H V"),
@@ -97,10 +99,11 @@ def chunk_gated_delta_rule_fwd_h(
         decay, left = fade_to_end(cut(g[..., None]))
         keys = keys * left
     if gk is not None: decay = decay * fade_to_end(cut(gk))[0]
+    decay = decay.expand(*keys.shape[:2], -1)
     S = initial_state
     if S is None: S = k.new_zeros(N, n["H"], n["K"], n["V"])
     offsets = first_chunks(cu_seqlens, n["B"], n["T"], chunk_size)
-    h, v_new, S = chunk_scan(cut(w), cut(u), keys, decay.expand(*keys.shape[:2], -1), S.to(dtype), offsets)
+    h, v_new, S = chunk_scan(cut(w), cut(u), keys, decay, S.to(dtype), offsets)
     h = h.unflatten(0, (n["B"], len(h) // max(n["B"], 1)))
-    v_new = from_chunks(v_new, cu_seqlens, n["B"], n["T"]).to(u.dtype) if save_new_value else None
-    return h, v_new, S if output_final_state else None
+    v_new = from_chunks(v_new, cu_seqlens, n["B"], n["T"]).to(u.dtype)
+    return h, v_new if save_new_value else None, S if output_final_state else None

@@ -33,7 +33,8 @@ def decay_scores(
     k: Tensor,  # keys, [..., C, K]
     g: Tensor,  # log-decays, [..., C, K]
 ) -> list[Tensor]:  # one [..., C, C] for each of rows, zero on the diagonal and above
-    "Σ_c a_ic k_jc e^(G_ic − G_jc) for i > j; no exponent is ever positive. Source: Eq. 6 and 9"
+    """Σ_c a_ic k_jc e^(G_ic − G_jc) for i > j; no exponent is ever positive.
+    Source: Eq. 6 and 9"""
     C = k.shape[-2]
     scores = [k.new_zeros(*k.shape[:-1], 1, 1)] * len(rows)         # C blocks of one token
     for s in halves(C):
@@ -77,10 +78,12 @@ def chunk_kda_fwd_intra(
     chunk_size: int = 64,  # C, a power of two
     output_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:  # Aqk, Akk, both [B, T, HV, C]
-    """In-chunk scores Aqk (with diagonal, scaled) and Akk = (I + StrictTril(β k e^G (k e^−G)ᵀ))⁻¹.
+    """In-chunk scores Aqk, scaled, with diagonal, and
+    Akk = (I + StrictTril(β k e^G (k e^−G)ᵀ))⁻¹.
     Raises ValueError for a wrong shape, TypeError for a wrong dtype.
     Source: Eq. 6 and 9; fla/ops/kda/chunk_intra.py chunk_kda_fwd_intra"""
-    n = check_shapes(q=(q, "B T H K"), k=(k, "B T H K"), gk=(gk, "B T HV K"), beta=(beta, "B T HV"))
+    n = check_shapes(q=(q, "B T H K"), k=(k, "B T H K"),
+                     gk=(gk, "B T HV K"), beta=(beta, "B T HV"))
     check_cu_seqlens(cu_seqlens, n["B"], n["T"])
     require(chunk_size in (16, 32, 64), "chunk_size", "16, 32 or 64", chunk_size)
     dtype = compute_dtype(q, k, gk, beta)

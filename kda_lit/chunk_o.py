@@ -9,21 +9,18 @@ __all__ = ['read_out', 'chunk_gla_fwd_o_gk']
 import torch
 from torch import Tensor
 
-from .chunk_intra import per_token
-from .cumsum import since_start
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, from_chunks
 from .utils import operator, share_heads, to_chunks
 
 # %% ../nbs/21_chunk_o.ipynb #c006
 def read_out(
-    q: Tensor,  # scaled queries, [..., C, K]
-    g: Tensor,  # log-decays, [..., C, K]
+    qg: Tensor,  # queries, scaled and faded since the chunk's start, s q e^G, [..., C, K]
     Aqk: Tensor,  # in-chunk scores, scaled, [..., C, C]
     v_new: Tensor,  # what tokens write, [..., C, V]
     S: Tensor,  # state on entry, [..., K, V]
 ) -> Tensor:  # [..., C, V]
     "What the queries of a chunk read. Source: Eq. 9"
-    return (q * since_start(g).exp()) @ S + Aqk @ v_new
+    return qg @ S + Aqk @ v_new
 
 # %% ../nbs/21_chunk_o.ipynb #c014
 @operator
@@ -39,11 +36,11 @@ def chunk_gla_fwd_o_gk(
 ) -> Tensor:  # o [B, T, HV, V] in v's dtype
     """Outputs from states and in-chunk scores. Raises ValueError for a wrong shape.
     Source: Eq. 9; fla/ops/gla/chunk.py chunk_gla_fwd_o_gk"""
-    n = check_shapes({"C": chunk_size}, q=(q, "B T H K"), v=(v, "B T HV V"), g=(g, "B T HV K"),
-                     A=(A, "B T HV C"), h=(h, "B NT HV K V"))
+    n = check_shapes({"C": chunk_size}, q=(q, "B T H K"), v=(v, "B T HV V"),
+                     g=(g, "B T HV K"), A=(A, "B T HV C"), h=(h, "B NT HV K V"))
     check_cu_seqlens(cu_seqlens, n["B"], n["T"])
     dtype = compute_dtype(q, v, g, A, h)
     cut = lambda x: to_chunks(share_heads(x.to(dtype), n["HV"]), cu_seqlens, chunk_size)
-    log_decays = per_token(cut(g)).clamp(max=0)
-    o = read_out(cut(q) * scale, log_decays, cut(A).tril(), cut(v), h.flatten(0, 1).to(dtype))
+    qg = cut(q) * scale * cut(g).exp()
+    o = read_out(qg, cut(A).tril(), cut(v), h.flatten(0, 1).to(dtype))
     return from_chunks(o, cu_seqlens, n["B"], n["T"]).to(v.dtype)

@@ -24,7 +24,7 @@ def chunk_local_cumsum(
     head_first: bool = False,  # True: g is [B, H, T] or [B, H, T, S]
     output_dtype: torch.dtype | None = torch.float,  # None: g's own
 ) -> Tensor:  # as g
-    """Inclusive cumulative sum inside each chunk. Natural logarithm in, natural logarithm out.
+    """Inclusive cumulative sum inside each chunk; natural logarithm in and out.
     Source: Eq. 1's γ in log space; fla/ops/utils/cumsum.py chunk_local_cumsum"""
     check_float_tensor("g", g)
     require(g.ndim in (3, 4), "g", "of shape [B, T, H] or [B, T, H, S]", list(g.shape))
@@ -49,7 +49,8 @@ def chunk_global_cumsum(
     Source: fla/ops/utils/cumsum.py chunk_global_cumsum"""
     T = s.shape[2 if head_first else 1]
     longest = T if cu_seqlens is None else int(prepare_lens(cu_seqlens).max())
-    return chunk_local_cumsum(s, max(longest, 1), reverse, scale, cu_seqlens, head_first, output_dtype)
+    return chunk_local_cumsum(s, max(longest, 1), reverse, scale, cu_seqlens,
+                              head_first, output_dtype)
 
 # %% ../nbs/01_cumsum.ipynb #c016
 def chunk_local_cumsum_scalar(

@@ -22,7 +22,7 @@ def kda_gate_ref(
     beta: float = 1.0,  # sharpness of softplus: log(1 + exp(beta x)) / beta
     threshold: float = 20.0,  # softplus(x) = x where beta x is above this
 ) -> tuple[Tensor, Tensor | None]:  # g [..., H, K], sigmoid(b) [..., H] or None, float32
-    """Log-decays −exp(A) softplus(z + g_bias), natural logarithm. ValueError for a wrong shape.
+    """Log-decays −exp(A) softplus(z + g_bias), natural log. ValueError for a wrong shape.
     Source: f of §4 (Mamba's form); fla/ops/kda/gate.py kda_gate_ref"""
     z = split_gate(g, head_k_dim, g_bias)
     rate = split_rate(A, z)
@@ -33,10 +33,11 @@ def kda_gate_ref(
 def split_gate(g, head_k_dim, g_bias):
     "z + bias as [..., H, K] in float32 (float64 for float64 input)."
     check_float_tensor("g", g)
-    require(g.shape[-1] % head_k_dim == 0, "g", f"of a multiple of K = {head_k_dim} channels", g.shape[-1])
+    HK = g.shape[-1]
+    require(HK % head_k_dim == 0, "g", f"of a multiple of K = {head_k_dim} channels", HK)
     z = g.to(compute_dtype(g))
     if g_bias is not None:
-        require(g_bias.numel() == g.shape[-1], "g_bias", f"of shape [{g.shape[-1]}]", list(g_bias.shape))
+        require(g_bias.numel() == HK, "g_bias", f"of shape [H K] = [{HK}]", list(g_bias.shape))
         z = z + g_bias.flatten().to(z.dtype)
     return z.unflatten(-1, (-1, head_k_dim))
 
@@ -59,8 +60,9 @@ def fused_kda_gate(
     threshold: float = 20.0,  # softplus(x) = x where beta x is above this
     *,
     lower_bound: float | None = None,  # ℓ < 0: the bounded gate instead
-) -> Tensor | tuple[Tensor, Tensor]:  # g [..., H, K], with b also its sigmoid [..., H], float32
-    """Log-decays from raw gates, natural logarithm; differentiable. ValueError for a wrong shape or bound.
+) -> Tensor | tuple[Tensor, Tensor]:  # g [..., H, K]; with b also sigmoid(b) [..., H]; float32
+    """Log-decays from raw gates, natural log; differentiable.
+    ValueError for a wrong shape or bound.
     Source: f of §4; fla/ops/kda/gate.py fused_kda_gate"""
     if lower_bound is None:
         require(A is not None, "A", "given unless `lower_bound` is", A)

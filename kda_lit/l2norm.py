@@ -31,5 +31,6 @@ def l2norm(
     eps: float = 1e-6,
     output_dtype: torch.dtype | None = None,  # None: x's own
 ) -> Tensor:  # [..., D]
-    "Scale the last dimension to length one; differentiable. Source: Eq. 10; fla/modules/l2norm.py l2norm"
+    """Scale the last dimension to length one; differentiable.
+    Source: Eq. 10; fla/modules/l2norm.py l2norm"""
     return l2norm_fwd(x, eps, output_dtype)[0]

@@ -9,7 +9,8 @@ __all__ = ['naive_recurrent_kda', 'pair_decays', 'naive_chunk', 'naive_chunk_kda
 import torch
 from torch import Tensor
 
-from .utils import check_inputs, compute_dtype, from_chunks, operator, share_heads, to_chunks
+from .utils import check_inputs, compute_dtype, from_chunks
+from .utils import operator, share_heads, to_chunks
 
 # %% ../nbs/05_naive.ipynb #c011
 @operator
@@ -23,10 +24,12 @@ def naive_recurrent_kda(
     initial_state: Tensor | None = None,  # [B, HV, K, V]
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # o [B, T, HV, V] in v's dtype, S [B, HV, K, V] or None
-    """KDA token by token: decay, correct, write, read. Computed in float32 (float64 if any input is).
-    Raises ValueError for a wrong shape, TypeError for a wrong dtype.
+    """KDA token by token: decay, correct, write, read.
+    Computed in float32, or float64 if any input is. Raises ValueError for a wrong shape,
+    TypeError for a wrong dtype.
     Source: Eq. 1; fla/ops/kda/naive.py naive_recurrent_kda"""
-    n, dtype = check_inputs(q, k, v, g, beta, initial_state), compute_dtype(q, k, v, g, beta)
+    n = check_inputs(q, k, v, g, beta, initial_state)
+    dtype = compute_dtype(q, k, v, g, beta)
     q, k = (share_heads(x.to(dtype), n["HV"]) for x in (q, k))
     q = q * (n["K"] ** -0.5 if scale is None else scale)
     values, alpha, beta = v.to(dtype), g.to(dtype).exp(), beta.to(dtype)
@@ -87,17 +90,18 @@ def naive_chunk_kda(
 ) -> tuple[Tensor, Tensor | None]:  # o [B, T, HV, V] in v's dtype, S [B, HV, K, V] or None
     """KDA chunk by chunk, written for reading; any T. Errors as in `naive_recurrent_kda`.
     Source: Listing 1; fla/ops/kda/naive.py naive_chunk_kda"""
-    n, dtype = check_inputs(q, k, v, g, beta, initial_state), compute_dtype(q, k, v, g, beta)
+    n = check_inputs(q, k, v, g, beta, initial_state)
+    dtype = compute_dtype(q, k, v, g, beta)
     q, k = (share_heads(x.to(dtype), n["HV"]) for x in (q, k))
     q = q * (n["K"] ** -0.5 if scale is None else scale)
     S = q.new_zeros(n["B"], n["HV"], n["K"], n["V"])
     if initial_state is not None: S = S + initial_state.to(dtype)
-    chunks = [to_chunks(x.to(dtype), None, chunk_size).unflatten(0, (n["B"], -1)).transpose(0, 1)
-              for x in (q, k, v, g, beta)] if v.numel() else []
-    outputs = []
-    for chunk in zip(*chunks):
-        o, S = naive_chunk(*chunk, S)
+    chunks = [to_chunks(x.to(dtype), None, chunk_size) for x in (q, k, v, g, beta)]
+    NT = len(chunks[0]) // max(n["B"], 1)                              # chunks of one row
+    outputs = [torch.zeros_like(chunks[2])[:0]]
+    for i in range(NT):
+        o, S = naive_chunk(*(x[i::NT] for x in chunks), S)
         outputs.append(o)
-    o = torch.zeros_like(v) if not outputs else \
-        from_chunks(torch.stack(outputs, 1).flatten(0, 1), None, n["B"], n["T"])
+    o = torch.cat(outputs).unflatten(0, (NT, n["B"])).transpose(0, 1).flatten(0, 1)
+    o = from_chunks(o, None, n["B"], n["T"])
     return o.to(v.dtype), S if output_final_state else None

@@ -30,24 +30,25 @@ def heat(
     xlabel: str = "",  # what a column is
     ylabel: str = "",  # what a row is
     decay: bool = False,  # True: fractions in [0, 1]; False: signed numbers
-    limit: float | None = None,  # colour scale reaches ±limit; None: each panel its own
+    limit: float | None = None,  # colours reach ±limit; None: each panel its own scale
     size: float = 2.3,  # height of a panel in inches
     lines: int | None = None,  # rule a line every so many rows and columns
 ):
     "Heat maps side by side."
     mats = {name: torch.as_tensor(m).detach().float().cpu() for name, m in panels.items()}
-    widths = [min(max(m.shape[1] / max(m.shape[0], 1), 0.5), 3) for m in mats.values()]
-    fig, axes = plt.subplots(1, len(mats), squeeze=False, width_ratios=widths,
-                             figsize=(sum(widths) * size + 0.7 * len(mats), size + 0.5))
+    wide = [min(max(m.shape[1] / max(m.shape[0], 1), 0.6), 3) for m in mats.values()]
+    height = min(size, (8 - 0.6 * len(mats)) / sum(wide))
+    fig, axes = plt.subplots(1, len(mats), squeeze=False, width_ratios=wide,
+                             figsize=(sum(wide) * height + 0.6 * len(mats), height + 0.6))
     for ax, (name, m) in zip(axes[0], mats.items()):
         top = limit or (m.abs().max().item() if m.numel() else 0) or 1.0
-        low, cmap = (0, DECAY) if decay else (-top, SIGNED)
-        image = ax.imshow(m, cmap=cmap, vmin=low, vmax=1 if decay else top,
-                          aspect="auto", interpolation="nearest")
+        colors = dict(cmap=DECAY, vmin=0, vmax=1) if decay else dict(cmap=SIGNED, vmin=-top, vmax=top)
+        image = ax.imshow(m, aspect="auto", interpolation="nearest", **colors)
         ax.set(title=name, xlabel=xlabel, ylabel=ylabel if ax is axes[0, 0] else "")
         ax.spines[:].set_visible(False)
         rule(ax, m.shape, lines)
-        fig.colorbar(image, ax=ax, fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)
+        if not (limit or decay) or ax is axes[0, -1]:              # one bar for one scale
+            fig.colorbar(image, ax=ax, fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)
 
 # %% ../nbs/00_plot.ipynb #c008
 def rule(ax, shape, every):

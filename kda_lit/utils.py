@@ -37,7 +37,8 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check_float_tensor(name: str, x):
     "Raise TypeError unless `x` is a tensor of one of the four float dtypes."
     require(isinstance(x, Tensor), name, "a tensor", type(x).__name__, TypeError)
-    require(x.dtype in FLOATS, name, "float64, float32, bfloat16 or float16", x.dtype, TypeError)
+    floats = "float64, float32, bfloat16 or float16"
+    require(x.dtype in FLOATS, name, floats, x.dtype, TypeError)
 
 # %% ../nbs/00_utils.ipynb #c008
 def check_shapes(
@@ -45,7 +46,8 @@ def check_shapes(
     /,
     **specs: tuple[Tensor | None, str],  # name=(tensor, "B T H K"); None is skipped
 ) -> dict[str, int]:  # every letter and its size
-    "Check dtypes, devices and shapes; ValueError for a shape or device, TypeError for a dtype."
+    """Check dtypes, devices and shapes.
+    ValueError for a shape or a device, TypeError for a dtype."""
     sizes, device = dict(sizes or {}), None
     for name, (x, spec) in specs.items():
         if x is None: continue
@@ -68,12 +70,10 @@ def check_cu_seqlens(
 ):
     "Raise unless `cu_seqlens` starts at 0, never falls and ends at T, with a batch of 1."
     if cu_seqlens is None: return
-    ints = (torch.int32, torch.int64)
-    require(isinstance(cu_seqlens, Tensor), "cu_seqlens", "a tensor", type(cu_seqlens).__name__, TypeError)
-    require(cu_seqlens.dtype in ints, "cu_seqlens", "int32 or int64", cu_seqlens.dtype, TypeError)
-    shape = list(cu_seqlens.shape)
-    require(cu_seqlens.ndim == 1 and len(cu_seqlens) > 0, "cu_seqlens", "of shape [N+1]", shape)
-    values = cu_seqlens.tolist()
+    kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+    require(kind in (torch.int32, torch.int64), "cu_seqlens", "an int32 or int64 tensor", kind, TypeError)
+    shape, values = list(cu_seqlens.shape), cu_seqlens.tolist()
+    require(len(shape) == 1 and len(values) > 0, "cu_seqlens", "of shape [N+1]", shape)
     steps = zip(values, values[1:])
     require(values[0] == 0, "cu_seqlens", "0 at its start", values[0])
     require(all(a <= b for a, b in steps), "cu_seqlens", "non-decreasing", values)
@@ -137,7 +137,7 @@ _forced: ContextVar[str | None] = ContextVar("kda_lit_backend", default=None)
 def use_backend(
     name: str,  # "torch" or "triton"
 ):
-    "Force one backend for all operators inside the `with` block; ValueError for another name."
+    "Force one backend inside the `with` block; ValueError for another name."
     require(name in ("torch", "triton"), "name", "'torch' or 'triton'", repr(name))
     token = _forced.set(name)
     try: yield
@@ -149,8 +149,8 @@ def operator(op_torch):
     @wraps(op_torch)
     def op(*args, **kwargs):
         if _forced.get() == "triton":
-            raise RuntimeError(f"`{op_torch.__name__}` has no Triton variant in this version; "
-                               "leave `use_backend('triton')` to run it in PyTorch")
+            raise RuntimeError(f"`{op_torch.__name__}` has no Triton variant yet; leave "
+                               "`use_backend('triton')` to run it in PyTorch")
         return op_torch(*args, **kwargs)
     op.torch = op_torch
     return op
@@ -172,7 +172,7 @@ def log2(x: Tensor) -> Tensor:
 
 
 def safe_exp(x: Tensor) -> Tensor:
-    """e to the power of x where x ≤ 0, and 0 where x > 0; its gradient is finite everywhere.
+    """e to the power of x where x ≤ 0, else 0; its gradient is finite everywhere.
     Source: fla/ops/utils/op.py safe_exp"""
     return x.masked_fill(x > 0, float("-inf")).exp()
 
@@ -209,7 +209,8 @@ def get_unpad_data(
     """Positions of the real tokens, borders of their sequences, longest sequence.
     ValueError for a mask that is not [B, T] or holds other values than 0 and 1.
     Source: fla/layers/utils.py get_unpad_data"""
-    require(attention_mask.ndim == 2, "attention_mask", "of shape [B, T]", list(attention_mask.shape))
+    shape = list(attention_mask.shape)
+    require(len(shape) == 2, "attention_mask", "of shape [B, T]", shape)
     values = attention_mask.unique().tolist()
     require(set(values) <= {0, 1}, "attention_mask", "made of 0 and 1", values[:5])
     indices = attention_mask.flatten().nonzero().flatten()
@@ -230,7 +231,8 @@ def index_put_first_axis(
     indices: Tensor,  # where the rows go, all different, [n]
     first_axis_dim: int,  # rows of the result
 ) -> Tensor:  # [first_axis_dim, …], zero elsewhere
-    "Rows back in their places; differentiable. Source: fla/layers/utils.py IndexPutFirstAxis"
+    """Rows back in their places; differentiable.
+    Source: fla/layers/utils.py IndexPutFirstAxis"""
     return x.new_zeros(first_axis_dim, *x.shape[1:]).index_copy(0, indices, x)
 
 
@@ -255,29 +257,32 @@ def unpad_input(
     """Remove padding from queries and from tensors as long as the mask.
     Source: fla/layers/utils.py unpad_input"""
     require(q.shape[1] == q_len, "q", f"of q_len = {q_len} tokens", q.shape[1])
-    unpad = lambda x, at: index_first_axis(x.flatten(0, 1), at).unsqueeze(0) if keepdim \
-        else index_first_axis(x.flatten(0, 1), at)
-    indices, cu_k, longest_k = get_unpad_data(attention_mask)
-    states = tuple(unpad(s, indices) for s in states)
-    if q_len == attention_mask.shape[1]: return unpad(q, indices), states, indices, (cu_k, cu_k), (longest_k, longest_k)
-    at, cu_q, longest_q = get_unpad_data(attention_mask[:, -q_len:])
-    return unpad(q, at), states, at, (cu_q, cu_k), (longest_q, longest_k)
+    def unpad(x, at):
+        rows = index_first_axis(x.flatten(0, 1), at)
+        return rows.unsqueeze(0) if keepdim else rows
+    at_k, cu_k, longest_k = get_unpad_data(attention_mask)
+    at_q, cu_q, longest_q = get_unpad_data(attention_mask[:, -q_len:])
+    states = tuple(unpad(s, at_k) for s in states)
+    return unpad(q, at_q), states, at_q, (cu_q, cu_k), (longest_q, longest_k)
 
 # %% ../nbs/00_utils.ipynb #c048
 def prepare_sequence_ids(cu_seqlens: Tensor) -> Tensor:  # [T]
-    "Which sequence each token belongs to. Source: fla/ops/utils/index.py prepare_sequence_ids"
+    """Which sequence each token belongs to.
+    Source: fla/ops/utils/index.py prepare_sequence_ids"""
     lens = prepare_lens(cu_seqlens)
     return torch.arange(len(lens), device=lens.device).repeat_interleave(lens)
 
 
 def prepare_position_ids(cu_seqlens: Tensor) -> Tensor:  # [T]
-    "Position of each token in its sequence. Source: fla/ops/utils/index.py prepare_position_ids"
+    """Position of each token in its sequence.
+    Source: fla/ops/utils/index.py prepare_position_ids"""
     ids = prepare_sequence_ids(cu_seqlens)
     return torch.arange(len(ids), device=ids.device) - cu_seqlens[:-1][ids]
 
 
 def prepare_token_indices(cu_seqlens: Tensor) -> Tensor:  # [T, 2]
-    "(sequence, position) of each token. Source: fla/ops/utils/index.py prepare_token_indices"
+    """(sequence, position) of each token.
+    Source: fla/ops/utils/index.py prepare_token_indices"""
     return torch.stack([prepare_sequence_ids(cu_seqlens), prepare_position_ids(cu_seqlens)], 1)
 
 # %% ../nbs/00_utils.ipynb #c052
@@ -285,7 +290,8 @@ def prepare_chunk_offsets(
     cu_seqlens: Tensor,  # [N+1]
     chunk_size: int,
 ) -> Tensor:  # [N+1]
-    "Number of each sequence's first chunk. Source: fla/ops/utils/index.py prepare_chunk_offsets"
+    """Number of each sequence's first chunk.
+    Source: fla/ops/utils/index.py prepare_chunk_offsets"""
     chunks = (prepare_lens(cu_seqlens) + chunk_size - 1) // chunk_size
     return prepare_cu_seqlens_from_lens(chunks, torch.int64)
 
@@ -294,7 +300,8 @@ def prepare_chunk_indices(
     cu_seqlens: Tensor,  # [N+1]
     chunk_size: int,
 ) -> Tensor:  # [NT, 2]
-    "(sequence, chunk in it) of each chunk. Source: fla/ops/utils/index.py prepare_chunk_indices"
+    """(sequence, chunk in it) of each chunk.
+    Source: fla/ops/utils/index.py prepare_chunk_indices"""
     return prepare_token_indices(prepare_chunk_offsets(cu_seqlens, chunk_size))
 
 # %% ../nbs/00_utils.ipynb #c055
@@ -338,7 +345,8 @@ def from_chunks(
 # %% ../nbs/00_utils.ipynb #c067
 def _padded_rows(cu_seqlens, width, padding_side):
     "Row of each token in a flattened [N, width] rectangle."
-    require(padding_side in ("left", "right"), "padding_side", "'left' or 'right'", repr(padding_side))
+    sides = ("left", "right")
+    require(padding_side in sides, "padding_side", "'left' or 'right'", repr(padding_side))
     lens, ids = prepare_lens(cu_seqlens), prepare_sequence_ids(cu_seqlens)
     shift = (width - lens)[ids] if padding_side == "left" else 0
     return ids * width + prepare_position_ids(cu_seqlens) + shift
@@ -360,7 +368,7 @@ def unpack_sequence(
     desired_shape: tuple | None = None,  # [N, width, …]; None: as wide as the longest
 ) -> Tensor:  # [N, width, …]
     "Pad with zeros; differentiable. Source: fla/ops/utils/pack.py unpack_sequence"
-    lens = prepare_lens(cu_seqlens)
-    width = desired_shape[1] if desired_shape is not None else int(lens.max())
+    N, longest = len(cu_seqlens) - 1, int(prepare_lens(cu_seqlens).max())
+    width = longest if desired_shape is None else desired_shape[1]
     rows = _padded_rows(cu_seqlens, width, padding_side)
-    return index_put_first_axis(x[0], rows, len(lens) * width).unflatten(0, (len(lens), width))
+    return index_put_first_axis(x[0], rows, N * width).unflatten(0, (N, width))

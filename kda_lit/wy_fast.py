@@ -16,15 +16,14 @@ from .utils import operator, require, share_heads, to_chunks
 
 # %% ../nbs/11_wy_fast.ipynb #c014
 def wy_vectors(
-    k: Tensor,  # keys, [..., C, K]
+    ke: Tensor,  # keys faded since the chunk's start, k e^G, [..., C, K]
     v: Tensor,  # values, [..., C, V]
     beta: Tensor,  # [..., C]
     A: Tensor,  # (I + L)⁻¹, [..., C, C]
-    g: Tensor,  # log-decays, [..., C, K]
 ) -> tuple[Tensor, Tensor]:  # w [..., C, K], u [..., C, V]
     "What each token takes out of the old memory, and what it puts in. Source: Eq. 7"
     beta = beta[..., None]
-    return A @ (beta * since_start(g).exp() * k), A @ (beta * v)
+    return A @ (beta * ke), A @ (beta * v)
 
 # %% ../nbs/11_wy_fast.ipynb #c022
 @operator
@@ -34,7 +33,7 @@ def recompute_w_u_fwd(
     beta: Tensor,  # write strengths, [B, T, HV]
     A: Tensor,  # (I + L)⁻¹ in each chunk, [B, T, HV, C]
     q: Tensor | None = None,  # queries, [B, T, H, K]
-    gk: Tensor | None = None,  # G, cumulative log-decay in each chunk, [B, T, HV, K]; None: no decay
+    gk: Tensor | None = None,  # G, cumulative log-decay, [B, T, HV, K]; None: no decay
     cu_seqlens: Tensor | None = None,  # [N+1]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # w, u, qg or None, kg or None
     """u = A (β v), w = A (β e^G k), qg = q e^G, kg = k e^(G_last − G); natural log.
@@ -48,7 +47,8 @@ def recompute_w_u_fwd(
     sew = lambda x: from_chunks(x, cu_seqlens, n["B"], n["T"]).to(v.dtype)
     keys = cut(k)
     g = torch.zeros_like(keys) if gk is None else per_token(cut(gk)).clamp(max=0)
-    w, u = wy_vectors(keys, cut(v), cut(beta), cut(A), g)
-    qg = None if q is None else sew(cut(q) * since_start(g).exp())
+    faded = since_start(g).exp()
+    w, u = wy_vectors(keys * faded, cut(v), cut(beta), cut(A))
+    qg = None if q is None else sew(cut(q) * faded)
     kg = None if gk is None else sew(keys * until_end(g).exp())
     return sew(w), sew(u), qg, kg

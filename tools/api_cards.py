@@ -54,14 +54,14 @@ def prose(comment):
 
 
 def table(function, source):
-    "The parameters with their types, defaults and trailing comments, as Markdown; columns that stay empty are left out."
+    "The parameters with their types, defaults and trailing comments, as Markdown; without empty columns, and nothing if only names are left."
     notes, back = comments(source), function.returns
     result = prose(notes.pop(back.end_lineno, "")) if back else ""
     rows = [(f"`{arg.arg}`", code(arg.annotation), code(default), prose(notes.get(arg.end_lineno, "")))
             for arg, default in parameters(function)]
     if result: rows.append(("*returns*", code(back), "", result))
-    if not rows: return ""
     keep = [i for i in range(4) if any(row[i] for row in rows)]
+    if len(keep) < 2: return ""
     lines = [HEAD, ["---"] * 4, *rows]
     return "\n".join("| " + " | ".join(line[i] for i in keep) + " |" for line in lines)
 

@@ -92,14 +92,14 @@ def name_sources(page, body):
 
 
 def link_code(app, page, body):
-    "In code cells, a name of the package is a link to its definition."
+    "In code cells, a name of the package is a link to its definition; attributes, keywords and assigned names are not."
     def link(found):
         full = about["names"].get(found[1])
         if not full: return found[0]
         target = full.split(".")[1]
         address = ("" if target == about["pages"][page][1] else app.builder.get_relative_uri(page, target)) + f"#{full}"
         return f'<a class="name" href="{escape(address)}">{found[0]}</a>'
-    plain = re.compile(r'(?<!<span class="o">\.</span>)<span class="n">(\w+)</span>')
+    plain = re.compile(r'(?<!<span class="o">\.</span>)<span class="n">(\w+)</span>(?!\s*<span class="o">=</span>)')
     cell = re.compile(r'<div class="cell_input docutils container">.*?</pre>', re.S)
     return cell.sub(lambda found: plain.sub(link, found[0]), body)
 

@@ -1,0 +1,126 @@
+"""Does `import kda_lit` come cheap, with nothing it does not need, and does it offer every name under both addresses?"""
+import inspect
+import json
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+
+import kda_lit
+
+PUBLIC = {
+    "utils": "use_backend to_chunks from_chunks get_unpad_data index_first_axis index_put_first_axis unpad_input pad_input "
+             "prepare_lens prepare_lens_from_mask prepare_cu_seqlens_from_lens prepare_cu_seqlens_from_mask "
+             "prepare_position_ids prepare_sequence_ids prepare_token_indices prepare_chunk_indices prepare_chunk_offsets "
+             "pack_sequence unpack_sequence exp log log2 safe_exp",
+    "cumsum": "chunk_local_cumsum chunk_local_cumsum_scalar chunk_local_cumsum_vector chunk_global_cumsum",
+    "solve_tril": "solve_tril",
+    "l2norm": "l2norm l2norm_fwd",
+    "naive": "naive_recurrent_kda naive_chunk_kda",
+    "gate": "kda_gate_ref fused_kda_gate",
+    "chunk_intra": "chunk_kda_fwd_intra",
+    "wy_fast": "recompute_w_u_fwd",
+    "chunk_delta_h": "chunk_gated_delta_rule_fwd_h",
+    "chunk_o": "chunk_gla_fwd_o_gk",
+    "chunk": "chunk_kda chunk_kda_fwd",
+    "modules": "ShortConvolution rms_norm_gated FusedRMSNormGated",
+    "layer": "KimiDeltaAttention",
+    "model": "KDAConfig KDAModel KDAForCausalLM KDACache",
+}
+
+SIGNATURES = {
+    "unpad_input": "q, states, attention_mask, q_len, keepdim=False",
+    "pad_input": "hidden_states, indices, batch_size, seq_len",
+    "index_put_first_axis": "x, indices, first_axis_dim",
+    "unpack_sequence": "x, cu_seqlens, padding_side='left', desired_shape=None",
+    "chunk_local_cumsum": "g, chunk_size, reverse=False, scale=None, cu_seqlens=None, head_first=False, "
+                          "output_dtype=torch.float",
+    "chunk_global_cumsum": "s, reverse=False, cu_seqlens=None, scale=None, head_first=False, output_dtype=torch.float",
+    "solve_tril": "A, cu_seqlens=None, output_dtype=torch.float",
+    "l2norm": "x, eps=1e-6, output_dtype=None",
+    "l2norm_fwd": "x, eps=1e-6, output_dtype=None",
+    "naive_recurrent_kda": "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False",
+    "naive_chunk_kda": "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, chunk_size=64",
+    "kda_gate_ref": "g, A, head_k_dim, g_bias=None, b=None, beta=1.0, threshold=20.0",
+    "fused_kda_gate": "g, A, head_k_dim, g_bias=None, b=None, beta=1.0, threshold=20.0",
+    "chunk_kda_fwd_intra": "q, k, gk, beta, scale, cu_seqlens=None, chunk_size=64, output_dtype=torch.float32",
+    "recompute_w_u_fwd": "k, v, beta, A, q=None, gk=None, cu_seqlens=None",
+    "chunk_gated_delta_rule_fwd_h": "k, w, u, g=None, gk=None, initial_state=None, output_final_state=False, chunk_size=64, "
+                                    "save_new_value=True, cu_seqlens=None",
+    "chunk_gla_fwd_o_gk": "q, v, g, A, h, scale, cu_seqlens=None, chunk_size=64",
+    "chunk_kda": "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, "
+                 "use_qk_l2norm_in_kernel=False, cu_seqlens=None",
+    "ShortConvolution": "hidden_size, kernel_size=4, bias=False, activation='silu'",
+    "FusedRMSNormGated": "hidden_size, elementwise_affine=True, eps=1e-5, activation='swish'",
+    "KimiDeltaAttention": "hidden_size=2048, expand_v=1, head_dim=128, num_heads=16, num_v_heads=None, mode='chunk', "
+                          "use_short_conv=True, allow_neg_eigval=False, conv_size=4, conv_bias=False, layer_idx=None, "
+                          "norm_eps=1e-5",
+}
+
+HEAVY = ("triton", "transformers", "matplotlib")
+
+MEASURE = f"""
+import json, sys, time
+import torch
+before, start = set(sys.modules), time.perf_counter()
+import kda_lit
+seconds = time.perf_counter() - start
+heavy = [name for name in {HEAVY} if name in set(sys.modules) - before]
+print(json.dumps(dict(seconds=seconds, heavy=heavy)))
+"""
+
+WITHOUT = f"""
+import sys
+for name in {HEAVY}: sys.modules[name] = None                       # as if it were not installed
+import kda_lit.l2norm, kda_lit.solve_tril
+import torch
+kda_lit.solve_tril(torch.zeros(1, 16, 1, 16)), kda_lit.l2norm(torch.ones(1, 2))
+o, S = kda_lit.chunk_kda(*torch.rand(3, 1, 5, 2, 8), -torch.rand(1, 5, 2, 8), torch.rand(1, 5, 2))
+print("works", tuple(o.shape))
+"""
+
+
+def fresh(program):
+    "What a program prints in an interpreter of its own."
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_quick_and_light():
+    "The best of up to three runs: other programs may slow down one of them."
+    for _ in range(3):
+        found = json.loads(fresh(MEASURE))
+        assert found["heavy"] == []
+        if found["seconds"] < 2: return
+    pytest.fail(f"import kda_lit takes {found['seconds']:.1f} s beyond torch's own import")
+
+
+def test_runs_where_nothing_heavy_is_installed():
+    "And l2norm, solve_tril stay functions, though modules of the same name are imported."
+    assert fresh(WITHOUT).strip() == "works (1, 5, 2, 8)"
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_names(module):
+    home = import_module(f"kda_lit.{module}")
+    for name in PUBLIC[module].split():
+        assert getattr(kda_lit, name) is getattr(home, name)
+        assert callable(getattr(kda_lit, name)) and name in dir(kda_lit)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name):
+    "Names, order and defaults of the reference library; what we add can only be given by name."
+    theirs = inspect.signature(eval(f"lambda {SIGNATURES[name]}: None")).parameters.values()
+    ours = list(inspect.signature(getattr(kda_lit, name)).parameters.values())
+    both = list(zip(theirs, ours, strict=False))
+    assert len(both) == len(theirs)
+    for want, got in both: assert (got.name, got.default) == (want.name, want.default)
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in ours[len(both):])
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"): kda_lit.no_such_name
