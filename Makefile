@@ -20,7 +20,7 @@ demo:
 	@echo '[1/2] Install'
 	@$(INSTALL)
 	@echo '[2/2] Train, generate, compare'
-	@$(BIN)/python -m kda_lit.language_model demo
+	@$(BIN)/kda-lit demo
 
 test:
 	@echo '[1/5] Install'
@@ -28,20 +28,20 @@ test:
 	@echo '[2/5] The package is what the notebooks export'
 	@$(BIN)/python tools/check_export.py
 	@echo '[3/5] Every notebook runs'
-	@$(BIN)/nbdev_test --timing
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --do_print --timing
 	@echo '[4/5] Tests'
 	@$(BIN)/python -m pytest
 	@echo '[5/5] The site builds'
 	@$(BIN)/python tools/build_docs.py --check
 
 docs: export
-	@echo '[3/3] Build the site'
+	@echo 'Build the site'
 	@$(BIN)/python tools/build_docs.py
 
 export:
-	@echo '[1/3] Install'
+	@echo 'Install'
 	@$(INSTALL) dev docs
-	@echo '[2/3] Export and clean the notebooks'
+	@echo 'Export and clean the notebooks'
 	@$(BIN)/nbdev_export
 	@$(BIN)/nbdev_clean
 

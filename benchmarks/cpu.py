@@ -31,7 +31,6 @@ ROWS = {  # name in the table → (module, function, with gradients)
     "naive chunks": ("naive", "naive_chunk_kda", False),
     "naive recurrence": ("naive", "naive_recurrent_kda", False),
     "chunk_kda, forward + backward": ("kda_lit.chunk", "chunk_kda", True),
-    "naive chunks, forward + backward": ("naive", "naive_chunk_kda", True),
 }
 GOALS = {"naive chunks": 3.0, "naive recurrence": 1.5}  # times slower than chunk_kda, at least
 GOAL_MEMORY = 1024  # MiB, of chunk_kda's forward pass

@@ -11,7 +11,6 @@ from importlib import import_module
 from .utils import *
 from .cumsum import *
 from .solve_tril import *
-from .solve_tril import *
 from .l2norm import *
 from .naive import *
 from .gate import *
@@ -20,17 +19,10 @@ from .wy_fast import *
 from .chunk_delta_h import *
 from .chunk_o import *
 from .chunk import *
-from .chunk import *
-from .naive import *
-from .gate import *
-from .chunk_intra import *
-from .wy_fast import *
-from .chunk_delta_h import *
-from .chunk_o import *
-from .chunk import *
 from .modules import *
+from .layer import *
 
-_LATER = dict.fromkeys(("KDAConfig", "KDAModel", "KDAForCausalLM", "KDACache"), ".model")
+_LATER = dict.fromkeys(("KDAConfig", "KDABlock", "KDAPreTrainedModel", "KDAModel", "KDAForCausalLM"), ".model")
 
 
 def __getattr__(name):

@@ -17,10 +17,10 @@ from .gate import fused_kda_gate
 from .l2norm import l2norm
 from .modules import FusedRMSNormGated, ShortConvolution
 from .naive import naive_recurrent_kda
-from .utils import (check_shapes, compute_dtype, get_unpad_data, index_first_axis, pad_input,
-                           require, share_heads)
+from .utils import (check_float_tensor, check_shapes, get_unpad_data,
+                           index_first_axis, pad_input, require, share_heads)
 
-# %% ../nbs/50_layer.ipynb #c021
+# %% ../nbs/50_layer.ipynb #c022
 def draw_A_log(
     n: int,  # heads
 ) -> Tensor:  # [n]
@@ -31,40 +31,48 @@ def draw_A_log(
 def draw_dt_bias(
     n: int,  # heads times key channels
 ) -> Tensor:  # [n]
-    "What softplus turns into a log-uniform draw from [0.001, 0.1]. Source: §4; fla/layers/kda.py"
+    """What softplus turns into a log-uniform draw from [0.001, 0.1].
+    Source: §4; fla/layers/kda.py"""
     dt = torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     return dt + (-torch.expm1(-dt)).log()
 
-# %% ../nbs/50_layer.ipynb #c023
+# %% ../nbs/50_layer.ipynb #c024
 def _head_sizes(num_heads, num_v_heads, head_dim, expand_v):
     "H, HV, K, V; ValueError if they do not fit together."
     HV, V = num_heads if num_v_heads is None else num_v_heads, head_dim * expand_v
     require(num_heads > 0, "num_heads", "above 0", num_heads)
     require(HV >= num_heads and HV % num_heads == 0, "num_v_heads",
             f"a multiple of num_heads = {num_heads}", HV)
-    require(V == int(V) > 0, "expand_v", f"a whole number of channels times head_dim = {head_dim}", expand_v)
+    whole = f"such that expand_v * {head_dim} is a whole number"
+    require(V == int(V) > 0, "expand_v", whole, expand_v)
     return num_heads, HV, head_dim, int(V)
 
 
 def _check_options(mode, safe_gate, lower_bound):
-    require(mode in ("chunk", "fused_recurrent"), "mode", "'chunk' or 'fused_recurrent'", repr(mode))
-    require(lower_bound is None or lower_bound < 0, "lower_bound", "below 0", lower_bound)
-    require(lower_bound is not None or not safe_gate, "lower_bound", "given with safe_gate=True", None)
+    known, free = mode in ("chunk", "fused_recurrent"), lower_bound is None
+    require(known, "mode", "'chunk' or 'fused_recurrent'", repr(mode))
+    require(free or lower_bound < 0, "lower_bound", "below 0", lower_bound)
+    require(not (free and safe_gate), "lower_bound", "given with safe_gate=True", None)
 
 
 def _low_rank(d, rank, out, bias=False):
     return nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, out, bias=bias))
 
 
-def _decay_parameters(heads, K, safe_gate, zero_dt_bias):
-    "A_log [heads] and dt_bias [heads*K]; both marked for optimisers, which should not decay them."
-    A_log = nn.Parameter(torch.zeros(heads) if safe_gate else draw_A_log(heads))
-    dt_bias = nn.Parameter(torch.zeros(heads * K) if zero_dt_bias else draw_dt_bias(heads * K))
-    A_log._no_weight_decay = dt_bias._no_weight_decay = True
-    return A_log, dt_bias
+class _Decay(nn.Module):
+    "A_log [heads] and dt_bias [heads*K], marked: no optimiser should pull them towards 0."
 
-# %% ../nbs/50_layer.ipynb #c024
-class KDAParameters(nn.Module):
+    def start_decay(self, heads, K, safe_gate, zero_dt_bias):
+        n = heads * K
+        self.A_log = nn.Parameter(torch.zeros(heads) if safe_gate else draw_A_log(heads))
+        self.dt_bias = nn.Parameter(torch.zeros(n) if zero_dt_bias else draw_dt_bias(n))
+
+    def register_parameter(self, name, param):
+        param._no_weight_decay = True   # also when a checkpoint brings new tensors
+        super().register_parameter(name, param)
+
+# %% ../nbs/50_layer.ipynb #c025
+class KDAParameters(_Decay):
     "Everything a KDA layer learns. Source: §4; fla/layers/kda.py KimiDeltaAttention"
 
     def __init__(
@@ -101,12 +109,12 @@ class KDAParameters(nn.Module):
         if use_short_conv: self.q_conv1d, self.k_conv1d, self.v_conv1d = convolutions
         self.f_proj = _low_rank(hidden_size, V, G * K)
         self.b_proj = nn.Linear(hidden_size, G, bias=False)
-        self.A_log, self.dt_bias = _decay_parameters(G, K, safe_gate, zero_dt_bias)
+        self.start_decay(G, K, safe_gate, zero_dt_bias)
         self.g_proj = _low_rank(hidden_size, V, HV * V, bias=True)
         self.o_norm = FusedRMSNormGated(V, eps=norm_eps, activation="sigmoid")
         self.o_proj = nn.Linear(HV * V, hidden_size, bias=False)
 
-# %% ../nbs/50_layer.ipynb #c030
+# %% ../nbs/50_layer.ipynb #c031
 class KDACache:
     """What a stack of KDA layers remembers of the tokens so far.
     Source: fla/models/utils.py Cache"""
@@ -137,29 +145,33 @@ class KDACache:
         self.layers[layer_idx] = dict(
             recurrent_state=recurrent_state, conv_state=conv_state, tokens=tokens)
 
-# %% ../nbs/50_layer.ipynb #c033
+# %% ../nbs/50_layer.ipynb #c034
 def _unpad(hidden_states, attention_mask, cu_seqlens):
     "Real tokens only: x, their places (None: nothing was cut), borders."
     if attention_mask is None: return hidden_states, None, cu_seqlens
+    tensor = isinstance(attention_mask, Tensor)
+    require(tensor, "attention_mask", "a tensor", type(attention_mask).__name__, TypeError)
     require(cu_seqlens is None, "cu_seqlens", "None when `attention_mask` is given", "both")
     (B, T, _), shape = hidden_states.shape, list(attention_mask.shape)
     fits = len(shape) == 2 and shape[0] == B and shape[1] >= T
     require(fits, "attention_mask", f"of shape [B, T] = [{B}, {T}], or longer", shape)
     indices, cu_seqlens, _ = get_unpad_data(attention_mask[:, shape[1] - T:])
     if len(indices) == B * T: return hidden_states, None, None
-    return index_first_axis(hidden_states.flatten(0, 1), indices)[None], indices, cu_seqlens
+    x = index_first_axis(hidden_states.flatten(0, 1), indices)
+    return x[None], indices, cu_seqlens
 
 
 def _recall(layer, hidden_states, cache):
     "Check the input; what the cache holds for this layer."
     d = layer.q_proj.in_features
+    check_float_tensor("hidden_states", hidden_states)
     check_shapes({"d": d}, hidden_states=(hidden_states, "B T d"))
     known = cache is None or isinstance(cache, KDACache)
     require(known, "past_key_values", "a KDACache or None", type(cache).__name__, TypeError)
     nothing = dict(conv_state=None, recurrent_state=None)
     return nothing if cache is None else cache.layers.get(layer.layer_idx or 0, nothing)
 
-# %% ../nbs/50_layer.ipynb #c037
+# %% ../nbs/50_layer.ipynb #c038
 def _qkv(layer, x, past, use_cache, cu_seqlens):
     "q, k [B, T, H, K], v [B, T, HV, V], and what the three convolutions remember."
     qkv, state = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)), None
@@ -171,7 +183,7 @@ def _qkv(layer, x, past, use_cache, cu_seqlens):
     sizes = layer.head_k_dim, layer.head_k_dim, layer.head_v_dim
     return *(z.unflatten(-1, (-1, size)) for z, size in zip(qkv, sizes)), state
 
-# %% ../nbs/50_layer.ipynb #c040
+# %% ../nbs/50_layer.ipynb #c041
 class KimiDeltaAttention(KDAParameters):
     """Kimi Delta Attention as a layer. Its options are explained at `KDAParameters`.
     Source: Eq. 10; fla/layers/kda.py KimiDeltaAttention"""
@@ -184,9 +196,10 @@ class KimiDeltaAttention(KDAParameters):
         return share_heads(g, self.num_v_heads), share_heads(beta, self.num_v_heads)
 
     def recurrence(self, q, k, v, g, beta, state, use_cache, cu_seqlens):
-        short = not self.training and q.shape[1] <= 64
-        if cu_seqlens is None and (short or self.mode == "fused_recurrent"):
-            return naive_recurrent_kda(l2norm(q), l2norm(k), v, g, beta, None, state, use_cache)
+        by_token = self.mode == "fused_recurrent" or (not self.training and q.shape[1] <= 64)
+        if by_token and cu_seqlens is None:
+            q, k = l2norm(q), l2norm(k)
+            return naive_recurrent_kda(q, k, v, g, beta, None, state, use_cache)
         return chunk_kda(q, k, v, g, beta, None, state, use_cache, True, cu_seqlens)
 
     def forward(
@@ -199,20 +212,22 @@ class KimiDeltaAttention(KDAParameters):
         cu_seqlens: Tensor | None = None,  # borders of packed sequences, [N+1]
         **kwargs,  # other arguments of the reference library, ignored
     ) -> tuple[Tensor, None, KDACache | None]:  # y [B, T, d]; None; the cache
-        "Equations 1 to 3. ValueError or TypeError, naming the argument; the cache is then unchanged."
+        "Equations 1 to 3. ValueError or TypeError for bad input; the cache is then unchanged."
         past = _recall(self, hidden_states, past_key_values)
         x, places, cu_seqlens = _unpad(hidden_states, attention_mask, cu_seqlens)
         q, k, v, conv_state = _qkv(self, x, past["conv_state"], use_cache, cu_seqlens)
-        o, state = self.recurrence(q, k, v, *self.gates(x), past["recurrent_state"], use_cache, cu_seqlens)
+        inputs = q, k, v, *self.gates(x), past["recurrent_state"]
+        o, state = self.recurrence(*inputs, use_cache, cu_seqlens)
         gate = self.g_proj(x).unflatten(-1, (-1, self.head_v_dim))
         y = self.o_proj(self.o_norm(o, gate).flatten(-2))
-        (B, T, _), cache = hidden_states.shape, past_key_values
+        B, T, _ = hidden_states.shape
         if use_cache:
-            cache = KDACache() if cache is None else cache
-            cache.update(state, conv_state, self.layer_idx or 0, T)
-        return y if places is None else pad_input(y[0], places, B, T), None, cache
+            if past_key_values is None: past_key_values = KDACache()
+            past_key_values.update(state, conv_state, self.layer_idx or 0, T)
+        if places is not None: y = pad_input(y[0], places, B, T)
+        return y, None, past_key_values
 
-# %% ../nbs/50_layer.ipynb #c048
+# %% ../nbs/50_layer.ipynb #c049
 def half_lives(
     layer: KimiDeltaAttention,
 ) -> Tensor:  # [H, K] in float32

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .utils import (check_cu_seqlens, check_float_tensor, check_shapes, compute_dtype,
-                           prepare_sequence_ids, require)
+from .utils import (check_cu_seqlens, check_float_tensor, check_shapes,
+                           compute_dtype, prepare_sequence_ids, require)
 
 # %% ../nbs/45_modules.ipynb #c011
 def depthwise(stream, weight, bias):
@@ -27,8 +27,9 @@ def causal_conv(
     bias: Tensor | None,  # [D]
     past: Tensor,  # the W inputs before x, [B, D, W]
 ) -> tuple[Tensor, Tensor]:  # y [B, T, D] in float32, the last W inputs [B, D, W]
-    "Equation 1 without the silu, for rows of a batch. Source: Eq. 10; fla/modules/convolution.py"
-    stream = torch.cat([past.mT.to(x.dtype), x], 1)                          # [B, W+T, D]
+    """Equation 1 without the silu, for rows of a batch.
+    Source: Eq. 10; fla/modules/convolution.py causal_conv1d"""
+    stream = torch.cat([past.mT.to(x.dtype), x], 1)                       # [B, W+T, D]
     y = depthwise(stream.to(compute_dtype(x)), weight, bias)[:, 1:]
     return y, stream[:, x.shape[1]:].mT.contiguous()
 
@@ -39,14 +40,16 @@ def causal_conv_packed(
     bias: Tensor | None,  # [D]
     past: Tensor,  # the W inputs before each sequence, [N, D, W]
     cu_seqlens: Tensor,  # [N+1]
-) -> tuple[Tensor, Tensor]:  # y [1, T, D] in float32, the last W inputs of each [N, D, W]
-    "Equation 1 without the silu, each sequence for itself. Source: Eq. 10; fla/modules/convolution.py"
+) -> tuple[Tensor, Tensor]:  # y [1, T, D] in float32, last W inputs [N, D, W]
+    """Equation 1 without the silu, each packed sequence for itself.
+    Source: Eq. 10; fla/modules/convolution.py causal_conv1d"""
     (N, D, W), T, device = past.shape, x.shape[1], x.device
     gap = torch.arange(N, device=device) * W
     window = lambda border: (border + gap)[:, None] + torch.arange(W, device=device)
     tokens = torch.arange(T, device=device) + W * (1 + prepare_sequence_ids(cu_seqlens))
     stream = x.new_zeros(T + N * W, D).index_copy(0, tokens, x[0])
-    stream = stream.index_copy(0, window(cu_seqlens[:-1]).flatten(), past.mT.flatten(0, 1).to(x.dtype))
+    pasts = past.mT.flatten(0, 1).to(x.dtype)
+    stream = stream.index_copy(0, window(cu_seqlens[:-1]).flatten(), pasts)
     y = depthwise(stream[None].to(compute_dtype(x)), weight, bias)[:, tokens - W + 1]
     return y, stream[window(cu_seqlens[1:])].mT.contiguous()
 
@@ -57,7 +60,8 @@ def causal_conv_step(
     bias: Tensor | None,  # [D]
     past: Tensor,  # the W inputs before x, [N, D, W]
 ) -> tuple[Tensor, Tensor]:  # y [N, 1, D] in float32, the last W inputs [N, D, W]
-    "`causal_conv` for T = 1, several times cheaper. Source: Eq. 10; fla/modules/convolution.py"
+    """`causal_conv` for T = 1, several times cheaper.
+    Source: Eq. 10; fla/modules/convolution.py causal_conv1d_update"""
     past, dtype = torch.cat([past[..., 1:].to(x.dtype), x.mT], -1), compute_dtype(x)
     y = (past.to(dtype) * weight[:, 0].to(dtype)).sum(-1)
     return (y if bias is None else y + bias.to(dtype))[:, None], past
@@ -66,11 +70,13 @@ def causal_conv_step(
 def _conv_start(x, residual, mask, cache, cu_seqlens, weight):
     "Check all arguments; return the past of each sequence, [N, D, W]."
     D, _, W = weight.shape
+    check_float_tensor("x", x)
     n = check_shapes({"D": D}, x=(x, "B T D"), residual=(residual, "B T D"))
     B, T, N = n["B"], n["T"], n["B"]
     if mask is not None:
         require(cu_seqlens is None, "mask", "None when `cu_seqlens` is given", "both")
-        require(mask.shape == (B, T), "mask", f"of shape [B, T] = [{B}, {T}]", list(mask.shape))
+        shape = f"of shape [B, T] = [{B}, {T}]"
+        require(mask.shape == (B, T), "mask", shape, list(mask.shape))
     if cu_seqlens is not None:
         require(B == 1, "x", "of batch size 1 when `cu_seqlens` is given", B)
         check_cu_seqlens(cu_seqlens, B, T)
@@ -134,14 +140,20 @@ class ShortConvolution(nn.Module):
 GATES = {"swish": F.silu, "silu": F.silu, "sigmoid": torch.sigmoid}
 
 
+def _check_gate(activation):
+    names = " or ".join(map(repr, GATES))
+    require(activation in GATES, "activation", names, repr(activation))
+
+
 def _check_norm(x, g, weight, bias, residual, activation):
-    require(activation in GATES, "activation", " or ".join(map(repr, GATES)), repr(activation))
+    _check_gate(activation)
     check_float_tensor("x", x)
     check_shapes({"D": x.shape[-1]}, weight=(weight, "D"), bias=(bias, "D"))
     for name, t in (("g", g), ("residual", residual)):
-        if t is None: continue
+        if t is None and name != "g": continue
         check_float_tensor(name, t)
-        require(t.shape == x.shape, name, f"of x's shape {list(x.shape)}", list(t.shape))
+        same = t.shape == x.shape
+        require(same, name, f"of x's shape {list(x.shape)}", list(t.shape))
 
 # %% ../nbs/45_modules.ipynb #c045
 def rms_norm_gated(
@@ -155,7 +167,7 @@ def rms_norm_gated(
     residual_in_fp32: bool = False,  # return that sum in float32, whatever x's dtype
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:  # y [..., D]; with prenorm (y, x + residual)
-    """Equation 2, computed in float32 (float64 if x is); y has x's dtype, the sum that of residual.
+    """Equation 2, computed in float32 (float64 if x is). y has x's dtype, the sum residual's.
     ValueError for a wrong shape or activation, TypeError for a wrong dtype.
     Source: Eq. 10; fla/modules/fused_norm_gate.py rms_norm_gated"""
     _check_norm(x, g, weight, bias, residual, activation)
@@ -166,12 +178,12 @@ def rms_norm_gated(
     if bias is not None: y = y + bias
     y = (y * GATES[activation](g.to(total.dtype))).to(x.dtype)
     if not prenorm: return y
-    if not residual_in_fp32: total = total.to(x.dtype if residual is None else residual.dtype)
-    return y, total
+    if residual_in_fp32: return y, total
+    return y, total.to(x.dtype if residual is None else residual.dtype)
 
 # %% ../nbs/45_modules.ipynb #c053
 class FusedRMSNormGated(nn.Module):
-    """Root-mean-square norm with a gate after it. `swish` and `silu` are two names of one thing.
+    """Root-mean-square norm with a gate after it.
     Source: Eq. 10; fla/modules/fused_norm_gate.py FusedRMSNormGated"""
 
     def __init__(
@@ -182,7 +194,7 @@ class FusedRMSNormGated(nn.Module):
         activation: str = "swish",  # "swish", "silu" or "sigmoid"
     ):
         super().__init__()
-        require(activation in GATES, "activation", " or ".join(map(repr, GATES)), repr(activation))
+        _check_gate(activation)
         self.eps, self.activation = eps, activation
         self.weight = nn.Parameter(torch.ones(hidden_size)) if elementwise_affine else None
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from helpers import NAMES, distance, golden, gradients, state_dict
-from kda_lit import (FusedRMSNormGated, KimiDeltaAttention, ShortConvolution, chunk_kda, fused_kda_gate, l2norm,
-                     naive_recurrent_kda, rms_norm_gated)
+from kda_lit import (FusedRMSNormGated, KDAConfig, KDAForCausalLM, KimiDeltaAttention, ShortConvolution, chunk_kda,
+                     fused_kda_gate, l2norm, naive_recurrent_kda, rms_norm_gated)
 
 OP_CASES = ["op_basic", "op_headdim128", "op_gva", "op_strong_decay", "op_no_decay", "op_no_l2_scaled"]
 
@@ -144,3 +144,25 @@ def test_layer_cached(name):
     y, _, cache = layer(first, use_cache=True)
     ys = [y] + [layer(x, past_key_values=cache, use_cache=True)[0] for x in rest]
     assert distance(torch.cat(ys, 1), case["y_cached"]) < 2e-5
+
+
+def recorded_model():
+    model = KDAForCausalLM(KDAConfig(**golden("lm")["config"])).eval()
+    model.load_state_dict(state_dict("lm"))
+    return model, golden("lm")
+
+
+def test_language_model():
+    model, case = recorded_model()
+    out = model(case["input_ids"], labels=case["input_ids"])
+    assert distance(out.logits, case["logits"]) < 2e-5
+    assert distance(out.loss, case["loss"]) < 2e-6
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_language_model_writes_the_same_24_tokens(use_cache):
+    model, case = recorded_model()
+    ids = case["input_ids"]
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
+                            eos_token_id=None, use_cache=use_cache)
+    assert torch.equal(tokens, case["generated"])

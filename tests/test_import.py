@@ -26,8 +26,8 @@ PUBLIC = {
     "chunk_o": "chunk_gla_fwd_o_gk",
     "chunk": "chunk_kda chunk_kda_fwd",
     "modules": "ShortConvolution rms_norm_gated FusedRMSNormGated",
-    "layer": "KimiDeltaAttention",
-    "model": "KDAConfig KDAModel KDAForCausalLM KDACache",
+    "layer": "KimiDeltaAttention KDACache",
+    "model": "KDAConfig KDAModel KDAForCausalLM",
 }
 
 SIGNATURES = {

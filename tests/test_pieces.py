@@ -38,6 +38,23 @@ def test_pieces_make_the_operator(dtype, tol, cu_seqlens, C):
     for a, b in zip(got, want): assert distance(a, b) < tol
 
 
+@pytest.mark.parametrize("cu_seqlens", [None, borders(PACK)], ids=["batch", "packed"])
+@pytest.mark.parametrize("gate", ["none", "one a head"])
+def test_states_with_fewer_decays(gate, cu_seqlens):
+    "No decay, and one decay a head (then plain keys go in), are special cases of one decay a channel."
+    B, T, N = (2, 130, 2) if cu_seqlens is None else (1, sum(PACK), len(PACK))
+    x = draw(B, T, N=N)
+    g = x["g"][..., 0] * (gate != "none")
+    G = chunk_local_cumsum(g, 64, cu_seqlens=cu_seqlens, output_dtype=torch.float64)
+    Gk = G[..., None].expand_as(x["k"])
+    A = torch.randn(B, T, 2, 64, dtype=torch.float64)
+    w, u, _, kg = recompute_w_u_fwd(x["k"], x["v"], x["beta"], A, gk=Gk, cu_seqlens=cu_seqlens)
+    options = dict(initial_state=x["initial_state"], output_final_state=True, cu_seqlens=cu_seqlens)
+    got = chunk_gated_delta_rule_fwd_h(x["k"], w, u, g=None if gate == "none" else G, **options)
+    want = chunk_gated_delta_rule_fwd_h(kg, w, u, gk=Gk, **options)
+    for a, b in zip(got, want): assert distance(a, b) < 1e-12
+
+
 @pytest.mark.parametrize("C", [32, 64])
 def test_solve_tril_is_the_inverse_inside_intra(C):
     "Akk from A = β k e^G (k e^−G)ᵀ below the diagonal; mild decays, so that e^−G may be formed here."

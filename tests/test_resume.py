@@ -1,11 +1,12 @@
 """A sequence cut anywhere and resumed from its state must give the numbers of the whole run."""
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import NAMES, borders, distance, draw
-from kda_lit import KimiDeltaAttention, chunk_kda, naive_recurrent_kda
+from kda_lit import KDAConfig, KDAForCausalLM, KimiDeltaAttention, chunk_kda, naive_recurrent_kda
 
 
 length = st.integers(0, 100)
@@ -111,3 +112,72 @@ def test_layer_packed_sequences_equal_rows(lens):
     layer, x = small_layer({}), torch.randn(1, sum(lens), 24, dtype=torch.float64)
     want = torch.cat([layer(part)[0] for part in x.split(lens, 1)], 1)
     assert distance(layer(x, cu_seqlens=borders(lens))[0], want) < 1e-12
+
+
+# ---- the language model, through its cache
+
+def small_model(**options):
+    "Large weights, so that what a model writes depends on what it read."
+    return KDAForCausalLM(KDAConfig(
+        hidden_size=24, head_dim=8, num_heads=2, num_hidden_layers=2, intermediate_size=32, vocab_size=40, pad_token_id=0,
+        eos_token_id=None, initializer_range=0.3, **options)).double().eval()
+
+
+def tokens(*shape): return torch.randint(1, 40, shape)
+
+
+@given(widths=st.lists(st.integers(1, 80), min_size=1, max_size=4))
+@settings(max_examples=10)
+def test_model_in_pieces(widths):
+    model, ids, cache, logits = small_model(), tokens(2, sum(widths)), None, []
+    for part in ids.split(widths, 1):
+        out = model(part, past_key_values=cache, use_cache=True)
+        cache, logits = out.past_key_values, [*logits, out.logits]
+    assert cache.get_seq_length() == sum(widths)
+    assert distance(torch.cat(logits, 1), model(ids).logits) < 1e-12
+
+
+def padded_left(prompts):
+    "One rectangle of token numbers, and its mask."
+    width = max(p.shape[1] for p in prompts)
+    ids = torch.cat([F.pad(p, (width - p.shape[1], 0)) for p in prompts])
+    return ids, (ids != 0).long()
+
+
+def write(model, ids, mask, new=12, **options):
+    options = dict(do_sample=False) | options
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)[:, ids.shape[1]:]
+
+
+@pytest.mark.parametrize("lens", [[1, 5, 9], [70, 3]])
+def test_model_writes_the_same_from_padded_prompts(lens):
+    model, prompts = small_model(), [tokens(1, n) for n in lens]
+    ids, mask = padded_left(prompts)
+    alone = torch.cat([write(model, p, torch.ones_like(p)) for p in prompts])
+    assert len(alone.unique()) > 8
+    assert torch.equal(write(model, ids, mask), alone)
+
+
+@pytest.mark.parametrize("how", [dict(), dict(num_beams=3), dict(num_beams=4, num_return_sequences=2)], ids=str)
+def test_model_writes_the_same_with_and_without_cache(how):
+    model = small_model()
+    ids, mask = padded_left([tokens(1, 4), tokens(1, 7)])
+    assert torch.equal(write(model, ids, mask, **how), write(model, ids, mask, use_cache=False, **how))
+
+
+def test_model_resumes_writing_from_its_cache():
+    model, ids = small_model(), tokens(2, 6)
+    whole = write(model, ids, torch.ones_like(ids))
+    half = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False,
+                          return_dict_in_generate=True)
+    rest = write(model, half.sequences, torch.ones_like(half.sequences), 7, past_key_values=half.past_key_values)
+    assert torch.equal(torch.cat([half.sequences[:, 6:], rest], 1), whole)
+
+
+def test_model_resumes_from_a_file(tmp_path):
+    model, ids = small_model(num_v_heads=4, expand_v=0.5, safe_gate=True, lower_bound=-5.), tokens(2, 9)
+    model.save_pretrained(tmp_path)
+    loaded = KDAForCausalLM.from_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    assert distance(loaded(ids).logits, model(ids).logits) < 1e-13
+    assert loaded.model.layers[0].attn.lower_bound == -5

@@ -23,13 +23,20 @@ def comments(source):
     return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
 
 
-def parameters(function):
-    "`(argument, default or None)` in order, without `self`."
+def arguments(function):
+    "`(name, annotation, default, line)` of each, in order, without `self`."
     args = function.args
     plain = args.posonlyargs + args.args
     defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults
     rows = [*zip(plain, defaults), (args.vararg, None), *zip(args.kwonlyargs, args.kw_defaults), (args.kwarg, None)]
-    return [(arg, default) for arg, default in rows if arg and arg.arg not in ("self", "cls")]
+    return [(arg.arg, arg.annotation, default, arg.end_lineno) for arg, default in rows
+            if arg and arg.arg not in ("self", "cls")]
+
+
+def fields(cls):
+    "The same for the annotated fields of a class, as a dataclass has them."
+    return [(node.target.id, node.annotation, node.value, node.end_lineno)
+            for node in cls.body if isinstance(node, ast.AnnAssign)]
 
 
 def signature(name, function):
@@ -53,12 +60,13 @@ def prose(comment):
     return text if "`" in text else text.replace("*", r"\*")
 
 
-def table(function, source):
-    "The parameters with their types, defaults and trailing comments, as Markdown; without empty columns, and nothing if only names are left."
-    notes, back = comments(source), function.returns
+def table(node, source):
+    """The parameters of a function, or the fields of a class, with types, defaults and trailing comments, as Markdown.
+    Empty columns are left out; nothing is left where there are only names."""
+    notes, back = comments(source), getattr(node, "returns", None)
     result = prose(notes.pop(back.end_lineno, "")) if back else ""
-    rows = [(f"`{arg.arg}`", code(arg.annotation), code(default), prose(notes.get(arg.end_lineno, "")))
-            for arg, default in parameters(function)]
+    known = arguments(node) if isinstance(node, ast.FunctionDef) else fields(node)
+    rows = [(f"`{name}`", code(kind), code(default), prose(notes.get(line, ""))) for name, kind, default, line in known]
     if result: rows.append(("*returns*", code(back), "", result))
     keep = [i for i in range(4) if any(row[i] for row in rows)]
     if len(keep) < 2: return ""
@@ -72,20 +80,27 @@ def folded(text):
     return f"{raw.format('<details><summary>Parameters and shapes</summary>')}\n\n{text}\n\n{raw.format('</details>')}"
 
 
-def entry(kind, name, node, function, source, module, shown, inner=()):
+def constructor(cls):
+    "Its `__init__`, or None."
+    return next((node for node in cls.body if getattr(node, "name", "") == "__init__"), None)
+
+
+def methods(cls):
+    "The public methods of a class that say what they do."
+    return [node for node in cls.body
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node)]
+
+
+def entry(name, node, source, module, shown, inner=()):
     "One `py:function`, `py:class` or `py:method` directive. Where the page shows the code, it need not say it twice."
-    doc, grid = "" if shown else ast.get_docstring(node) or "", table(function, source) if function else ""
+    is_class = isinstance(node, ast.ClassDef)
+    kind = "class" if is_class else "method" if "." in name else "function"
+    function = constructor(node) if is_class else node
+    doc, grid = "" if shown else ast.get_docstring(node) or "", table(function or node, source)
     if grid: grid = f"::::{{container}} api-table\n\n{folded(grid) if shown else grid}\n\n::::"
     fence = "`" * (8 if inner else 6)
     title = signature(name, function) if function else name
     return "\n\n".join([f"{fence}{{py:{kind}}} {title}\n:module: {module}", doc, grid, *inner, fence])
-
-
-def methods(cls):
-    "The public methods of a class that say what they do, and `__init__` first."
-    found = [node for node in cls.body if isinstance(node, ast.FunctionDef)]
-    init = next((node for node in found if node.name == "__init__"), None)
-    return init, [node for node in found if not node.name.startswith("_") and ast.get_docstring(node)]
 
 
 def cards(source, module, shown):
@@ -93,11 +108,8 @@ def cards(source, module, shown):
     `shown` says whether the page shows the code of the cell."""
     found = {}
     for node in definitions(source):
-        if isinstance(node, ast.FunctionDef):
-            found[f"{module}.{node.name}"] = entry("function", node.name, node, node, source, module, shown)
-            continue
-        init, public = methods(node)
-        inner = [entry("method", f"{node.name}.{m.name}", m, m, source, module, shown) for m in public]
-        found[f"{module}.{node.name}"] = entry("class", node.name, node, init, source, module, shown, inner)
-        found |= {f"{module}.{node.name}.{m.name}": "" for m in public}
+        public = methods(node) if isinstance(node, ast.ClassDef) else []
+        inner = [entry(f"{node.name}.{method.name}", method, source, module, shown) for method in public]
+        found[f"{module}.{node.name}"] = entry(node.name, node, source, module, shown, inner)
+        found |= {f"{module}.{node.name}.{method.name}": "" for method in public}
     return found

@@ -3,8 +3,8 @@
     python tools/build_docs.py            # write docs/ and README.md
     python tools/build_docs.py --check    # write nothing: fail unless docs/ and README.md are what would be written
 
-`lowering` turns each notebook, with its stored outputs, into MyST; Sphinx renders it. A warning (a broken link, an unknown
-name) is an error. The same notebooks give the same bytes, and no page loads anything from the network.
+`lowering` turns each notebook, with its stored outputs, into MyST; Sphinx renders it. A warning (a broken link, an
+unknown name) is an error. The same notebooks give the same bytes, and no page loads anything from the network.
 """
 import argparse
 import base64
@@ -35,7 +35,7 @@ def settings():
     return ini["DEFAULT"]
 
 
-# README ----------------------------------------------------------------------------------------------------------------
+# README --------------------------------------------------------------------------------------------------------------
 
 def figure(outputs):
     "`(file ending, bytes)` of the first picture among the outputs of a cell, or None."
@@ -70,12 +70,12 @@ def readme(page, book, docs):
     return "\n\n".join(parts) + "\n"
 
 
-# site ------------------------------------------------------------------------------------------------------------------
+# site ----------------------------------------------------------------------------------------------------------------
 
 def sidebar():
     "`{caption: file names}`, from nbs/sidebar.yml."
-    contents = yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
-    return {item["section"]: item["contents"] for item in contents if isinstance(item, dict)}
+    bar = yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]
+    return {item["section"]: item["contents"] for item in bar["contents"] if isinstance(item, dict)}
 
 
 def toctrees(book):
@@ -128,8 +128,9 @@ def write_sources(pages, book, work):
 
 def render(work, out):
     "Run Sphinx; leave out what readers do not need and what differs between machines."
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", f"{work}-doctrees", work, out]
-    env = {k: v for k, v in os.environ.items() if k != "SOURCE_DATE_EPOCH"} | {"KDA_ROOT": str(ROOT), "PYTHONHASHSEED": "0"}
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", f"{work}-doctrees", work, out]
+    env = {**os.environ, "KDA_ROOT": str(ROOT), "PYTHONHASHSEED": "0"}
+    env.pop("SOURCE_DATE_EPOCH", None)
     if subprocess.run(command, env=env, stdin=subprocess.DEVNULL).returncode: sys.exit("the site does not build")
     shutil.rmtree(out / "_sources", ignore_errors=True)
     for extra in (out / ".buildinfo", out / "objects.inv", *out.rglob("*.map")): extra.unlink(missing_ok=True)
@@ -139,8 +140,9 @@ def render(work, out):
 def refuse_local_paths(out):
     "A traceback or a warning stored in a notebook can carry the path of the machine it ran on into the site."
     here = [str(ROOT).encode(), str(Path.home()).encode() + b"/", b"site-packages/"]
-    found = [f.relative_to(out) for f in sorted(out.rglob("*.html")) if any(path in f.read_bytes() for path in here)]
-    if found: sys.exit(f"pages with a path of this machine: {' '.join(map(str, found))}")
+    texts = (f for f in sorted(out.rglob("*")) if f.suffix in (".html", ".js", ".svg") and "_static" not in f.parts)
+    found = [f.relative_to(out).as_posix() for f in texts if any(path in f.read_bytes() for path in here)]
+    if found: sys.exit(f"pages with a path of this machine: {' '.join(found)}")
 
 
 def build(folder):

@@ -10,5 +10,5 @@ def contents(folder, pattern="**/*"):
 def differences(new, old, pattern="**/*"):
     "One line for each file of `old` that is not what `new` has."
     new, old = contents(new, pattern), contents(old, pattern)
-    why = lambda f: "missing" if f not in old else "should not be there" if f not in new else "differs"
+    why = lambda f: "missing" if f not in old else "made by nothing: delete it" if f not in new else "differs"
     return [f"{f} ({why(f)})" for f in sorted(new.keys() | old.keys()) if new.get(f) != old.get(f)]

@@ -3,7 +3,7 @@
     python3 tools/install.py              # to run
     python3 tools/install.py dev docs     # with the extras `dev` and `docs` of settings.ini
 
-Nothing is done when nothing has changed. Needs nothing but Python itself, whatever its age, to be able to say what is missing.
+Nothing is done when nothing has changed. This file runs on an old Python, too, to be able to say that it is too old.
 """
 import hashlib
 import json
@@ -20,6 +20,7 @@ STAMP = os.path.join(VENV, "kda_lit.json")
 LOG = os.path.join(VENV, "install.log")
 INPUTS = ("settings.ini", "setup.py", "pyproject.toml", "constraints.txt")
 OLDEST = (3, 10)
+LINE = re.compile(r"\s*(?:Collecting ([\w.-]+)|Downloading (\S+) \((.+)\)|Progress (\d+) of (\d+)|Installing collected)")
 
 
 def say(text): print("      " + text, flush=True)
@@ -45,8 +46,8 @@ def check_python(python):
     code = "import sys; print('%d.%d.%d' % sys.version_info[:3])"
     version = subprocess.check_output([python, "-c", code], stdin=subprocess.DEVNULL).decode().strip()
     if tuple(map(int, version.split(".")))[:2] < OLDEST:
-        sys.exit("%s is Python %s, and kda_lit needs %d.%d or newer.\n"
-                 "Say which one to use (and remove .venv if there is one):  make PYTHON=python3.11 …" % (python, version, *OLDEST))
+        sys.exit("%s is Python %s, and kda_lit needs %d.%d or newer.\nRemove .venv if there is one, and say which "
+                 "Python to use:  make PYTHON=python3.11 ..." % ((python, version) + OLDEST))
     return version
 
 
@@ -57,37 +58,32 @@ def create():
     if made.returncode: sys.exit("Python could not create .venv. On Debian and Ubuntu: apt install python3-venv")
 
 
-def follow(line, progress):
-    "Turn a line of pip's output into a few words on one line that is rewritten; on no terminal only big files are told."
-    found = re.match(r"\s*(Collecting|Downloading|Installing collected packages|Progress)\W+(\S+)(?: of (\d+)|.*\((.*)\))?", line)
-    if not found: return
-    what, name, total, size = found.groups()
-    if what == "Progress" and sys.stdout.isatty() and int(total) > 10**7:
-        text = "%s  %d%%" % (progress[-1], 100 * int(name) // int(total))
-    elif what == "Downloading" and size: text = "downloading %s (%s)" % (name.split("-")[0].split("/")[-1], size)
-    elif what == "Collecting": text = "collecting " + re.split("[<>=!~;[]", name)[0]
-    elif what.startswith("Installing"): text = "unpacking"
-    else: return
-    if what != "Progress": progress.append(text)
-    big = re.search(r"\d{2,} [MG]B|unpacking", text)
-    if sys.stdout.isatty(): print("\r\033[K      " + text, end="", flush=True)
-    elif big and progress[-1:] == [text]: say(text)
+def words(line, before):
+    "`(text, whether it is worth a line of its own)`: what pip says, in a few words; `before` if it says nothing new."
+    found = LINE.match(line)
+    if not found: return before, False
+    name, file, size, done, total = found.groups()
+    if name: return "collecting " + name, False
+    if file: return "downloading %s (%s)" % (file.split("-")[0], size), re.match(r"\d\d.* MB|.* GB", size)
+    if total: return "%s: %d%%" % (before.split(":")[0], 100 * int(done) // int(total)), False
+    return "unpacking", True
 
 
 def pip(*arguments):
     "Run pip in .venv; its own words go to a log, which is shown if it fails."
-    progress = [""]
+    text, terminal = "", sys.stdout.isatty()
     command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-c", "constraints.txt"]
-    with open(LOG, "w", encoding="utf-8") as log, subprocess.Popen(
-            command + list(arguments), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            universal_newlines=True, encoding="utf-8", errors="replace") as run:
-        for line in run.stdout:
-            if not line.startswith("Progress"): log.write(line)
-            follow(line, progress)
-    if sys.stdout.isatty(): print("\r\033[K", end="")
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with open(LOG, "wb") as log, subprocess.Popen(command + list(arguments), cwd=ROOT, **pipes) as run:
+        for raw in run.stdout:
+            text, big = words(raw.decode("utf-8", "replace"), text)
+            if not raw.startswith(b"Progress"): log.write(raw)
+            if terminal: print("\r\033[K      " + text, end="", flush=True)
+            elif big: say(text)
+    if terminal: print("\r\033[K", end="")
     if run.returncode:
-        with open(LOG, encoding="utf-8") as log: sys.stderr.write("".join(log.readlines()[-30:]))
-        sys.exit("pip failed; all it said is in " + LOG)
+        with open(LOG, encoding="utf-8", errors="replace") as log: sys.stderr.write("".join(log.readlines()[-30:]))
+        sys.exit("pip failed; all that it said is in " + LOG)
 
 
 def main():

@@ -80,7 +80,7 @@ class Page:
                 for i, c in enumerate(self.cells) if self.module and c.exported and "hide" not in c.options}
 
 
-# Markdown --------------------------------------------------------------------------------------------------------------
+# Markdown ------------------------------------------------------------------------------------------------------------
 
 def outside_code(change, text):
     "Apply `change` to `text`, but to no code block and no displayed equation."
@@ -120,7 +120,7 @@ def markdown(text, book):
     return outside_code(lambda part: link_pages(link_names(callouts(part), book.names), book, page), text)
 
 
-# cells -----------------------------------------------------------------------------------------------------------------
+# cells ---------------------------------------------------------------------------------------------------------------
 
 def metadata(cell, flags):
     "What myst-nb shall do with a code cell."

@@ -110,7 +110,7 @@ def link_figures(body):
 
 
 def plain_maths(app, doctree):
-    "Leave displayed equations as they are written; Sphinx would put those of several lines into an environment without tags."
+    "Leave displayed equations as they are written; Sphinx would put some into an environment that allows no tag."
     for node in doctree.findall(nodes.math_block):
         if node.get("no-wrap"): continue
         node["no-wrap"] = True

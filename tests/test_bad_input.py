@@ -1,0 +1,207 @@
+"""A wrong call must raise before anything runs, and say which argument was wrong, what it must be and what it was."""
+import pytest
+import torch
+from torch import ones, tensor
+
+import kda_lit as kl
+from helpers import NAMES, draw
+
+X = draw(2, 7, H=2, HV=4, K=8, V=6, dtype=torch.float32)            # a right call, in a batch …
+P = draw(1, 7, H=2, HV=4, K=8, V=6, N=2, dtype=torch.float32)       # … and packed
+A = torch.zeros(2, 7, 4, 64)
+H_STATES = torch.zeros(2, 1, 4, 8, 6)
+LAYER = dict(hidden_size=24, head_dim=8, num_heads=2)
+MODEL = dict(hidden_size=24, head_dim=8, num_heads=2, num_hidden_layers=1, intermediate_size=32, vocab_size=40)
+
+
+def ints(t): return t.to(torch.int64)
+
+
+# ---- every operator checks alike
+
+OPERATOR = {  # what is wrong: the changed arguments, the error, words of its message
+    "k of 3 heads": (dict(k=ones(2, 7, 3, 8)), ValueError, "`k`", "[2, 7, 2, 8]", "[2, 7, 3, 8]"),
+    "v too short": (dict(v=X["v"][:, :6]), ValueError, "`v`", "[2, 7, 4, 6]", "[2, 6, 4, 6]"),
+    "one decay a head": (dict(g=X["g"][..., 0]), ValueError, "`g`", "[2, 7, 4, 8]", "[2, 7, 4]"),
+    "decays for H heads": (dict(g=X["g"][:, :, :2]), ValueError, "`g`", "[2, 7, 4, 8]", "[2, 7, 2, 8]"),
+    "beta a channel": (dict(beta=X["g"]), ValueError, "`beta`", "[2, 7, 4]", "[2, 7, 4, 8]"),
+    "3 value heads on 2": (dict(v=ones(2, 7, 3, 6), g=ones(2, 7, 3, 8), beta=ones(2, 7, 3)),
+                           ValueError, "`v`", "multiple of H = 2", "got 3"),
+    "V x K state": (dict(initial_state=X["initial_state"].mT), ValueError, "`initial_state`", "[2, 4, 8, 6]", "[2, 4, 6, 8]"),
+    "a state too few": (dict(initial_state=X["initial_state"][:1]), ValueError, "`initial_state`", "[2, 4, 8, 6]",
+                        "[1, 4, 8, 6]"),
+    "integer queries": (dict(q=ints(X["q"])), TypeError, "`q`", "float32", "int64"),
+    "complex values": (dict(v=X["v"].to(torch.complex64)), TypeError, "`v`", "float32", "complex64"),
+    "integer state": (dict(initial_state=ints(X["initial_state"])), TypeError, "`initial_state`", "float32", "int64"),
+    "a list for beta": (dict(beta=[0.5]), TypeError, "`beta`", "a tensor", "list"),
+    "another device": (dict(k=X["k"].to("meta")), ValueError, "`k`", "cpu", "meta"),
+    **{f"no {name}": (dict([(name, None)]), TypeError, f"`{name}`", "a tensor", "None") for name in NAMES},
+}
+
+CHUNK = {
+    "chunks of 48": (dict(chunk_size=48), ValueError, "`chunk_size`", "32 or 64", "48"),
+    "batch of 2 packed": (dict(cu_seqlens=tensor([0, 7])), ValueError, "`q`", "batch size 1", "got 2"),
+}
+
+PACKED = {
+    "starts at 1": (tensor([1, 3, 7]), ValueError, "0 at its start", "got 1"),
+    "falls": (tensor([0, 5, 3, 7]), ValueError, "non-decreasing", "[0, 5, 3, 7]"),
+    "ends too early": (tensor([0, 3, 6]), ValueError, "T = 7", "got 6"),
+    "ends too late": (tensor([0, 3, 8]), ValueError, "T = 7", "got 8"),
+    "floats": (tensor([0., 3., 7.]), TypeError, "int32 or int64", "float32"),
+    "a list": ([0, 3, 7], TypeError, "tensor", "list"),
+    "a matrix": (tensor([[0, 3, 7]]), ValueError, "[N+1]", "[1, 3]"),
+    "empty": (torch.zeros(0, dtype=torch.int64), ValueError, "[N+1]", "[0]"),
+}
+
+
+def refuses(call, error, *words):
+    with pytest.raises(error) as caught: call()
+    assert type(caught.value) is error
+    for word in words: assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("op", [kl.chunk_kda, kl.naive_recurrent_kda, kl.naive_chunk_kda])
+@pytest.mark.parametrize("wrong", OPERATOR)
+def test_operators(op, wrong):
+    change, *what = OPERATOR[wrong]
+    refuses(lambda: op(**{**X, **change}), *what)
+
+
+@pytest.mark.parametrize("wrong", CHUNK)
+def test_chunk_kda(wrong):
+    change, *what = CHUNK[wrong]
+    refuses(lambda: kl.chunk_kda(**{**X, **change}), *what)
+
+
+@pytest.mark.parametrize("op", [
+    lambda cu: kl.chunk_kda(**P, cu_seqlens=cu),
+    lambda cu: kl.chunk_local_cumsum(P["g"], 64, cu_seqlens=cu),
+    lambda cu: kl.chunk_global_cumsum(P["g"], cu_seqlens=cu),
+    lambda cu: kl.solve_tril(A[:1], cu),
+    lambda cu: kl.chunk_kda_fwd_intra(P["q"], P["k"], P["g"], P["beta"], 1., cu),
+    lambda cu: kl.recompute_w_u_fwd(P["k"], P["v"], P["beta"], A[:1], cu_seqlens=cu),
+    lambda cu: kl.chunk_gated_delta_rule_fwd_h(P["g"], P["g"], P["v"], cu_seqlens=cu),
+    lambda cu: kl.chunk_gla_fwd_o_gk(P["q"], P["v"], P["g"], A[:1], H_STATES[:1], 1., cu),
+    lambda cu: kl.ShortConvolution(8)(ones(1, 7, 8), cu_seqlens=cu),
+    lambda cu: kl.KimiDeltaAttention(**LAYER)(ones(1, 7, 24), cu_seqlens=cu),
+], ids="kda local_cumsum global_cumsum solve intra wy states output conv layer".split())
+@pytest.mark.parametrize("wrong", PACKED)
+def test_borders(op, wrong):
+    cu_seqlens, error, *words = PACKED[wrong]
+    refuses(lambda: op(cu_seqlens), error, "`cu_seqlens`", *words)
+
+
+# ---- everything else: a call each
+
+def layer(x=ones(2, 5, 24), **arguments): return kl.KimiDeltaAttention(**LAYER)(x, **arguments)
+def make_layer(**options): return kl.KimiDeltaAttention(**LAYER | options)
+def model(ids=ones(2, 5).long(), **arguments): return make_model()(ids, **arguments)
+def make_model(**options): return kl.KDAForCausalLM(kl.KDAConfig(**MODEL | options))
+def gate(width=16, A=ones(2), K=8, **options): return kl.fused_kda_gate(ones(3, width), A, K, **options)
+def padded(width): return ones(2, width, 3), tensor([0, 5, 7])
+
+
+CALLS = {  # what is wrong: the call, the error, words of its message
+    # utils
+    "backend": (lambda: kl.use_backend("cuda").__enter__(), ValueError, "`name`", "'torch' or 'triton'", "'cuda'"),
+    "mask of attention scores": (lambda: kl.get_unpad_data(ones(2, 5, 5)), ValueError, "`attention_mask`", "[B, T]",
+                                 "[2, 5, 5]"),
+    "mask of 2s": (lambda: kl.get_unpad_data(2 * ones(2, 5)), ValueError, "`attention_mask`", "0 and 1", "[2.0]"),
+    "mask as a list": (lambda: kl.get_unpad_data([[1, 1]]), TypeError, "`attention_mask`", "a tensor", "list"),
+    "q_len": (lambda: kl.unpad_input(ones(2, 3, 4), (), ones(2, 5), 4), ValueError, "`q`", "q_len = 4", "got 3"),
+    "states too short": (lambda: kl.unpad_input(ones(2, 5, 4), (ones(2, 4, 4),), ones(2, 5), 5),
+                         ValueError, "`states`", "5", "4"),
+    "padding side": (lambda: kl.pack_sequence(*padded(5), "up"), ValueError, "`padding_side`", "'left' or 'right'", "'up'"),
+    "rows too short": (lambda: kl.pack_sequence(*padded(3)), ValueError, "`x`", "5", "3"),
+    "width too small": (lambda: kl.unpack_sequence(ones(1, 7, 3), tensor([0, 5, 7]), desired_shape=(2, 3, 3)),
+                        ValueError, "`desired_shape`", "5", "3"),
+    "borders of fewer tokens": (lambda: kl.unpack_sequence(ones(1, 7, 3), tensor([0, 5])), ValueError, "`cu_seqlens`",
+                                "T = 7", "got 5"),
+    # cumulative sums, solve, norm
+    "sum of a matrix": (lambda: kl.chunk_local_cumsum(ones(7, 2), 64), ValueError, "`g`", "[B, T, H]", "[7, 2]"),
+    "scalar sum of vectors": (lambda: kl.chunk_local_cumsum_scalar(X["g"], 64), ValueError, "`g`", "[B, T, H]", "[2, 7, 4, 8]"),
+    "vector sum of scalars": (lambda: kl.chunk_local_cumsum_vector(X["beta"], 64), ValueError, "`g`", "[B, T, H, S]",
+                              "[2, 7, 4]"),
+    "sum of integers": (lambda: kl.chunk_local_cumsum(ints(X["g"]), 64), TypeError, "`g`", "float32", "int64"),
+    "chunks of 0": (lambda: kl.chunk_local_cumsum(X["g"], 0), ValueError, "`chunk_size`", "got 0"),
+    "global sum of a vector": (lambda: kl.chunk_global_cumsum(ones(7)), ValueError, "[B, T, H]", "[7]"),
+    "48 columns": (lambda: kl.solve_tril(ones(1, 7, 2, 48)), ValueError, "`A`", "16, 32 or 64", "48"),
+    "A without heads": (lambda: kl.solve_tril(ones(1, 7, 16)), ValueError, "`A`", "[B, T, H, C]", "[1, 7, 16]"),
+    "norm of integers": (lambda: kl.l2norm(ints(X["q"])), TypeError, "`x`", "float32", "int64"),
+    # gate
+    "channels not heads x K": (lambda: gate(17), ValueError, "`g`", "K = 8", "17"),
+    "rate of 3 heads": (lambda: gate(A=ones(3)), ValueError, "`A`", "[2]", "[3]"),
+    "rate as a list": (lambda: gate(A=[1., 2.]), TypeError, "`A`", "a tensor", "list"),
+    "no rate": (lambda: gate(A=None), ValueError, "`A`", "`lower_bound`", "None"),
+    "bias too short": (lambda: gate(g_bias=ones(8)), ValueError, "`g_bias`", "[16]", "[8]"),
+    "bound above 0": (lambda: gate(lower_bound=5.), ValueError, "`lower_bound`", "below 0", "5.0"),
+    "integer gates": (lambda: kl.fused_kda_gate(ints(ones(3, 16)), ones(2), 8), TypeError, "`g`", "float32", "int64"),
+    # pieces
+    "intra chunks of 48": (lambda: kl.chunk_kda_fwd_intra(X["q"], X["k"], X["g"], X["beta"], 1., chunk_size=48),
+                           ValueError, "`chunk_size`", "16, 32 or 64", "48"),
+    "intra G of 3 heads": (lambda: kl.chunk_kda_fwd_intra(X["q"], X["k"], X["g"][:, :, :3], X["beta"][..., :3], 1.),
+                           ValueError, "`gk`", "multiple of H = 2", "3"),
+    "wy values of 3 heads": (lambda: kl.recompute_w_u_fwd(X["k"], X["v"][:, :, :3], X["beta"][..., :3], A[:, :, :3]),
+                             ValueError, "`v`", "multiple of H = 2", "3"),
+    "wy A too short": (lambda: kl.recompute_w_u_fwd(X["k"], X["v"], X["beta"], A[:, :6]), ValueError, "`A`",
+                       "[2, 7, 4, 64]", "[2, 6, 4, 64]"),
+    "states w of other K": (lambda: kl.chunk_gated_delta_rule_fwd_h(X["g"], X["v"], X["v"]), ValueError, "`w`",
+                            "[2, 7, 4, 8]", "[2, 7, 4, 6]"),
+    "states from 3": (lambda: kl.chunk_gated_delta_rule_fwd_h(X["g"], X["g"], X["v"], initial_state=ones(3, 4, 8, 6)),
+                      ValueError, "`initial_state`", "[2, 4, 8, 6]", "[3, 4, 8, 6]"),
+    "output C": (lambda: kl.chunk_gla_fwd_o_gk(X["q"], X["v"], X["g"], A, H_STATES, 1., chunk_size=32),
+                 ValueError, "`A`", "[2, 7, 4, 32]", "[2, 7, 4, 64]"),
+    "output states": (lambda: kl.chunk_gla_fwd_o_gk(X["q"], X["v"], X["g"], A, ones(2, 3, 4, 8, 6), 1.),
+                      ValueError, "`h`", "[2, 1, 4, 8, 6]", "[2, 3, 4, 8, 6]"),
+    # modules
+    "convolution's activation": (lambda: kl.ShortConvolution(8, activation="relu"), ValueError, "`activation`", "'silu'",
+                                 "'relu'"),
+    "convolution's channels": (lambda: kl.ShortConvolution(8)(ones(1, 7, 9)), ValueError, "`x`", "[1, 7, 8]", "[1, 7, 9]"),
+    "convolution's cache": (lambda: kl.ShortConvolution(8)(ones(1, 7, 8), cache=ones(1, 8, 3)), ValueError, "`cache`",
+                            "[1, 8, 4]", "[1, 8, 3]"),
+    "convolution's mask": (lambda: kl.ShortConvolution(8)(ones(1, 7, 8), mask=ones(1, 6)), ValueError, "`mask`", "[1, 7]",
+                           "[1, 6]"),
+    "norm's activation": (lambda: kl.FusedRMSNormGated(8, activation="relu"), ValueError, "`activation`", "'swish'",
+                          "'relu'"),
+    "norm's gate": (lambda: kl.FusedRMSNormGated(8)(ones(3, 8), ones(3, 7)), ValueError, "`g`", "[3, 8]", "[3, 7]"),
+    "norm's missing gate": (lambda: kl.FusedRMSNormGated(8)(ones(3, 8), None), TypeError, "`g`", "a tensor", "None"),
+    "norm's width": (lambda: kl.FusedRMSNormGated(8)(ones(3, 7), ones(3, 7)), ValueError, "[7]", "[8]"),
+    # layer
+    "mode": (lambda: make_layer(mode="parallel"), ValueError, "`mode`", "'chunk'", "'parallel'"),
+    "3 value heads": (lambda: make_layer(num_v_heads=3), ValueError, "`num_v_heads`", "num_heads = 2", "3"),
+    "no heads": (lambda: make_layer(num_heads=0), ValueError, "`num_heads`", "above 0", "0"),
+    "broken channels": (lambda: make_layer(expand_v=0.3), ValueError, "`expand_v`", "8", "0.3"),
+    "layer's bound": (lambda: make_layer(lower_bound=5.), ValueError, "`lower_bound`", "below 0", "5.0"),
+    "safe gate without bound": (lambda: make_layer(safe_gate=True), ValueError, "`lower_bound`", "safe_gate=True", "None"),
+    "hidden size": (lambda: layer(ones(2, 5, 23)), ValueError, "`hidden_states`", "[2, 5, 24]", "[2, 5, 23]"),
+    "token numbers": (lambda: layer(ints(ones(2, 5, 24))), TypeError, "`hidden_states`", "float32", "int64"),
+    "3-D mask": (lambda: layer(attention_mask=ones(2, 5, 5)), ValueError, "`attention_mask`", "[2, 5]", "[2, 5, 5]"),
+    "mask too short": (lambda: layer(attention_mask=ones(2, 4)), ValueError, "`attention_mask`", "[2, 5]", "[2, 4]"),
+    "mask and borders": (lambda: layer(attention_mask=ones(2, 5), cu_seqlens=tensor([0, 5])), ValueError, "`cu_seqlens`",
+                         "None", "`attention_mask`"),
+    "cache as a dict": (lambda: layer(past_key_values={}), TypeError, "`past_key_values`", "KDACache", "dict"),
+    # model
+    "hidden act": (lambda: make_model(hidden_act="relu"), ValueError, "`hidden_act`", "'swish'", "'relu'"),
+    "model's mode": (lambda: make_model(attn_mode="parallel"), ValueError, "mode`", "'chunk'", "'parallel'"),
+    "model's value heads": (lambda: make_model(num_v_heads=3), ValueError, "`num_v_heads`", "num_heads = 2", "3"),
+    "nothing to read": (lambda: model(None), ValueError, "`input_ids`", "inputs_embeds", "0"),
+    "twice as much to read": (lambda: model(inputs_embeds=ones(2, 5, 24)), ValueError, "`input_ids`", "inputs_embeds", "2"),
+    "model's 3-D mask": (lambda: model(attention_mask=ones(2, 5, 5)), ValueError, "`attention_mask`", "[2, 5]", "[2, 5, 5]"),
+    "model's cache": (lambda: model(past_key_values=[]), TypeError, "`past_key_values`", "KDACache", "list"),
+    "packed batch of 2": (lambda: model(cu_seqlens=tensor([0, 5])), ValueError, "of batch size 1", "`cu_seqlens`", "2"),
+}
+
+
+@pytest.mark.parametrize("wrong", CALLS)
+def test_calls(wrong): refuses(*CALLS[wrong])
+
+
+def test_a_refused_call_leaves_the_cache_alone():
+    small = kl.KimiDeltaAttention(**LAYER).eval()
+    cache = small(ones(2, 5, 24), use_cache=True)[2]
+    before = {name: t.clone() for name, t in enumerate(cache[0]["conv_state"])}
+    for x, options in [(ones(2, 1, 23), {}), (ones(3, 1, 24), {}), (ones(2, 1, 24), dict(attention_mask=ones(3, 6)))]:
+        with pytest.raises(ValueError): small(x, past_key_values=cache, use_cache=True, **options)
+    assert cache.get_seq_length() == 5
+    assert all(torch.equal(cache[0]["conv_state"][i], t) for i, t in before.items())
