@@ -18,7 +18,10 @@ from .chunk_intra import *
 from .wy_fast import *
 from .chunk_delta_h import *
 from .chunk_o import *
+from .chunk_inter import *
 from .chunk import *
+from .fused_recurrent import *
+from .gated_delta_rule import *
 from .modules import *
 from .layer import *
 

@@ -27,6 +27,7 @@ def chunk_local_cumsum(
     """Inclusive cumulative sum inside each chunk; natural logarithm in and out.
     Source: Eq. 1's γ in log space; fla/ops/utils/cumsum.py chunk_local_cumsum"""
     check_float_tensor("g", g)
+    require(chunk_size > 0, "chunk_size", "above 0", chunk_size)
     require(g.ndim in (3, 4), "g", "of shape [B, T, H] or [B, T, H, S]", list(g.shape))
     if head_first: g = g.transpose(1, 2)
     check_cu_seqlens(cu_seqlens, *g.shape[:2])
@@ -47,7 +48,10 @@ def chunk_global_cumsum(
 ) -> Tensor:  # as s
     """Inclusive cumulative sum inside each sequence.
     Source: fla/ops/utils/cumsum.py chunk_global_cumsum"""
+    check_float_tensor("s", s)
+    require(s.ndim in (3, 4), "s", "of shape [B, T, H] or [B, T, H, S]", list(s.shape))
     T = s.shape[2 if head_first else 1]
+    check_cu_seqlens(cu_seqlens, s.shape[0], T)
     longest = T if cu_seqlens is None else int(prepare_lens(cu_seqlens).max())
     return chunk_local_cumsum(s, max(longest, 1), reverse, scale, cu_seqlens,
                               head_first, output_dtype)

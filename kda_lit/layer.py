@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .chunk import chunk_kda
+from .fused_recurrent import fused_recurrent_kda
 from .gate import fused_kda_gate
-from .l2norm import l2norm
 from .modules import FusedRMSNormGated, ShortConvolution
-from .naive import naive_recurrent_kda
 from .utils import (check_float_tensor, check_shapes, get_unpad_data,
                            index_first_axis, pad_input, require, share_heads)
 
@@ -133,6 +132,13 @@ class KDACache:
         "Number of tokens seen, padding included."
         return self.layers[layer_idx]["tokens"] if layer_idx in self.layers else 0
 
+    def reorder_cache(self, beam_idx: Tensor):
+        "Let row n continue what row beam_idx[n] has seen; for beam search."
+        for layer in self.layers.values():
+            pick = lambda x: x.index_select(0, beam_idx.to(x.device))
+            layer["recurrent_state"] = pick(layer["recurrent_state"])
+            if layer["conv_state"] is not None: layer["conv_state"] = tuple(map(pick, layer["conv_state"]))
+
     def update(
         self,
         recurrent_state: Tensor,  # [N, HV, K, V]
@@ -197,10 +203,8 @@ class KimiDeltaAttention(KDAParameters):
 
     def recurrence(self, q, k, v, g, beta, state, use_cache, cu_seqlens):
         by_token = self.mode == "fused_recurrent" or (not self.training and q.shape[1] <= 64)
-        if by_token and cu_seqlens is None:
-            q, k = l2norm(q), l2norm(k)
-            return naive_recurrent_kda(q, k, v, g, beta, None, state, use_cache)
-        return chunk_kda(q, k, v, g, beta, None, state, use_cache, True, cu_seqlens)
+        operator = fused_recurrent_kda if by_token else chunk_kda
+        return operator(q, k, v, g, beta, None, state, use_cache, True, cu_seqlens)
 
     def forward(
         self,

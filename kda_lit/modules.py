@@ -71,7 +71,7 @@ def _conv_start(x, residual, mask, cache, cu_seqlens, weight):
     "Check all arguments; return the past of each sequence, [N, D, W]."
     D, _, W = weight.shape
     check_float_tensor("x", x)
-    n = check_shapes({"D": D}, x=(x, "B T D"), residual=(residual, "B T D"))
+    n = check_shapes({"D": D}, x=(x, "B T D"), residual=(residual, "? B T D"))
     B, T, N = n["B"], n["T"], n["B"]
     if mask is not None:
         require(cu_seqlens is None, "mask", "None when `cu_seqlens` is given", "both")
@@ -81,7 +81,7 @@ def _conv_start(x, residual, mask, cache, cu_seqlens, weight):
         require(B == 1, "x", "of batch size 1 when `cu_seqlens` is given", B)
         check_cu_seqlens(cu_seqlens, B, T)
         N = len(cu_seqlens) - 1
-    check_shapes({"N": N, "D": D, "W": W}, cache=(cache, "N D W"))
+    check_shapes({"N": N, "D": D, "W": W}, cache=(cache, "? N D W"))
     return x.new_zeros(N, D, W) if cache is None else cache
 
 
@@ -148,7 +148,7 @@ def _check_gate(activation):
 def _check_norm(x, g, weight, bias, residual, activation):
     _check_gate(activation)
     check_float_tensor("x", x)
-    check_shapes({"D": x.shape[-1]}, weight=(weight, "D"), bias=(bias, "D"))
+    check_shapes({"D": x.shape[-1]}, weight=(weight, "? D"), bias=(bias, "? D"))
     for name, t in (("g", g), ("residual", residual)):
         if t is None and name != "g": continue
         check_float_tensor(name, t)
