@@ -17,7 +17,7 @@ from .chunk_delta_h import chunk_scan, chunk_scan_bwd
 from .chunk_inter import inter_chunk_bwd
 from .chunk_intra import intra_chunk, intra_chunk_bwd
 from .chunk_o import read_out
-from .cumsum import since_start, until_end
+from .cumsum import since_start, since_start_bwd, until_end
 from .gate import resolve_gates
 from .l2norm import l2norm_bwd, l2norm_fwd
 from .utils import check_inputs, compute_dtype, first_chunks, from_chunks
@@ -97,13 +97,11 @@ def backward_chunks(
     "The gradient of equation 1. Source: Eq. 6-9, differentiated"
     v_new = p.u - p.w @ h
     dh, du, dS0 = chunk_scan_bwd(p.qg, p.kg, p.w, p.decay, do, Aqk.mT @ do, dS, offsets)
-    dq, dk, dw, dG, dlast = inter_chunk_bwd(q, k, v_new, h, g, do, dh, du, scale)
+    dq, dk, dw, dg = inter_chunk_bwd(q, k, v_new, h, g, do, dh, du, scale)
     dke, dv, dbeta, dL = wy_vectors_bwd(p.ke, v, beta, Akk, dw, du)
-    dk_wy = dke * since_start(g).exp()
-    dq_in, dk_in, dG_in, dbeta_in = intra_chunk_bwd(q, k, g, beta, scale, (do @ v_new.mT).tril(), dL)
-    dG = dG + k * dk_wy + dG_in
-    dg = dG.flip(-2).cumsum(-2).flip(-2) + dlast[..., None, :]
-    return dq + dq_in, dk + dk_wy + dk_in, dv, dg, dbeta + dbeta_in, dS0
+    dk_wy, dg_wy = dke * since_start(g).exp(), since_start_bwd(p.ke * dke)
+    dq_in, dk_in, dg_in, dbeta_in = intra_chunk_bwd(q, k, g, beta, scale, do @ v_new.mT, dL)
+    return (dq + dq_in, dk + dk_wy + dk_in, dv, dg + dg_wy + dg_in, dbeta + dbeta_in, dS0)
 
 # %% ../nbs/30_chunk.ipynb #c017
 def cut_inputs(q, k, v, g, beta, cu_seqlens, chunk_size):

@@ -9,9 +9,9 @@ __all__ = ['inter_chunk_bwd', 'chunk_kda_bwd_dqkwg']
 import torch
 from torch import Tensor
 
-from .chunk_intra import per_token
+from .chunk_intra import per_token, per_token_bwd
 from .chunk_o import check_states
-from .cumsum import since_start, until_end
+from .cumsum import since_start, since_start_bwd, until_end, until_end_bwd
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, from_chunks
 from .utils import operator, share_heads, to_chunks
 
@@ -26,13 +26,14 @@ def inter_chunk_bwd(
     dh: Tensor,  # gradient of the state on exit, [..., K, V]
     dv: Tensor,  # gradient of v_new, [..., C, V]
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # dq, dk, dw, dG [..., C, K], dG_C [..., K]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dq, dk, dw, dg, all [..., C, K]
     "Gradients across the border, equations 1 and 2. Source: Eq. 8-9, differentiated"
     since = since_start(g).exp()
     dq = scale * since * (do @ h.mT)
     dk = until_end(g).exp() * (v_new @ dh.mT)
-    dlast = (k * dk).sum(-2) + since[..., -1, :] * (h * dh).sum(-1)
-    return dq, dk, -dv @ h.mT, q * dq - k * dk, dlast
+    state = since[..., -1, :] * (h * dh).sum(-1)
+    dg = since_start_bwd(q * dq) + until_end_bwd(k * dk) + state[..., None, :]
+    return dq, dk, -dv @ h.mT, dg
 
 # %% ../nbs/22_chunk_inter.ipynb #c015
 @operator
@@ -60,10 +61,9 @@ def chunk_kda_bwd_dqkwg(
     dtype = compute_dtype(q, k, v, h, g, do, dh, dv)
     cut = lambda x: to_chunks(share_heads(x.to(dtype), n["HV"]), cu_seqlens, chunk_size)
     if scale is None: scale = n["K"] ** -0.5
-    dq, dk, dw, dG, dlast = inter_chunk_bwd(
+    dq, dk, dw, dg = inter_chunk_bwd(
         cut(q), cut(k), cut(v), h.flatten(0, 1).to(dtype), per_token(cut(g)).clamp(max=0),
         cut(do), dh.flatten(0, 1).to(dtype), cut(dv), scale)
     real = cut(torch.ones_like(g[..., :1]))                          # 0 in the padding
-    is_last = real - torch.cat([real[..., 1:, :], torch.zeros_like(real[..., :1, :])], -2)
-    grads = dq, dk, dw, dG + is_last * dlast[..., None, :]
+    grads = dq, dk, dw, per_token_bwd(dg * real)
     return tuple(from_chunks(x, cu_seqlens, n["B"], n["T"]) for x in grads)

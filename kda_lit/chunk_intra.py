@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_middle', 'decay_scores', 'intra_chunk', 'per_token', 'chunk_kda_fwd_intra', 'decay_scores_bwd', 'intra_chunk_bwd',
-           'chunk_kda_bwd_intra']
+           'per_token_bwd', 'chunk_kda_bwd_intra']
 
 # %% ../nbs/10_chunk_intra.ipynb #c003
 import torch
@@ -99,21 +99,27 @@ def decay_scores_bwd(
     k: Tensor,  # keys, [..., C, K]
     g: Tensor,  # log-decays, [..., C, K]
     dscores: tuple[Tensor, ...],  # a gradient [..., C, C] for each of rows
-) -> tuple[list[Tensor], Tensor]:  # gradients of rows, and of k as columns, all [..., C, K]
-    """Gradient of `decay_scores`, equation 4; what stands above the diagonal is not read.
+) -> tuple[list[Tensor], Tensor, Tensor]:  # of rows, of k as columns, of g, all [..., C, K]
+    """Gradient of `decay_scores`, equations 4 and 5; what stands above the diagonal is not read.
     Source: Eq. 6 and 9, differentiated"""
-    half = lambda x, s, i: x.unflatten(-2, (-1, 2, s))[..., i, :, :]
-    drows, dk = [torch.zeros_like(a) for a in rows], torch.zeros_like(k)
-    for s in halves(k.shape[-2]):
-        factor = (to_middle(k.shape[-2], s, g) @ g).exp()
+    C, half = k.shape[-2], lambda x, s, i: x.unflatten(-2, (-1, 2, s))[..., i, :, :]
+    drows, dk, dg = [torch.zeros_like(a) for a in rows], torch.zeros_like(k), torch.zeros_like(g)
+    for s in halves(C):
+        middle = to_middle(C, s, g)
+        factor, exponent = (middle @ g).exp(), torch.zeros_like(g)
         first, second = half(factor, s, 0), half(factor, s, 1)
         for a, da, dA in zip(rows, drows, dscores):
             corner = corners(dA, s)
-            half(da, s, 1).add_(corner @ (half(k, s, 0) * first) * second)
-            half(dk, s, 0).add_(corner.mT @ (half(a, s, 1) * second) * first)
-    return drows, dk
+            row = corner @ (half(k, s, 0) * first) * second
+            column = corner.mT @ (half(a, s, 1) * second) * first
+            half(da, s, 1).add_(row)
+            half(dk, s, 0).add_(column)
+            half(exponent, s, 1).add_(half(a, s, 1) * row)
+            half(exponent, s, 0).add_(half(k, s, 0) * column)
+        dg += middle.mT @ exponent
+    return drows, dk, dg
 
-# %% ../nbs/10_chunk_intra.ipynb #c050
+# %% ../nbs/10_chunk_intra.ipynb #c048
 def intra_chunk_bwd(
     q: Tensor,  # queries, [..., C, K]
     k: Tensor,  # keys, [..., C, K]
@@ -122,17 +128,22 @@ def intra_chunk_bwd(
     scale: float,
     dAqk: Tensor,  # gradient of Aqk, [..., C, C]
     dL: Tensor,  # gradient of L, before the inverse, [..., C, C]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dq, dk, dG [..., C, K], dbeta [..., C]
-    """Gradient of the in-chunk scores, equations 4 and 5. dG is that of the cumulative log-decay.
-    Source: Eq. 6 and 9, differentiated"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dq, dk, dg [..., C, K], dbeta [..., C]
+    "Gradient of the in-chunk scores, equations 4 and 5. Source: Eq. 6 and 9, differentiated"
     beta = beta[..., None]
-    (dq, dkb), dk_column = decay_scores_bwd((scale * q, beta * k), k, g, (dAqk, dL))
-    dq, dk_row, dbeta = scale * dq, beta * dkb, (dkb * k).sum(-1)
-    dG = q * dq + k * (dk_row - dk_column)
+    (dq, dkb), dk_column, dg = decay_scores_bwd((scale * q, beta * k), k, g, (dAqk, dL))
+    dq, dk = scale * dq, beta * dkb + dk_column
     own = scale * dAqk.diagonal(0, -2, -1)[..., None]                # the diagonal of Aqk
-    return dq + own * k, dk_row + dk_column + own * q, dG, dbeta
+    return dq + own * k, dk + own * q, dg, (dkb * k).sum(-1)
 
 # %% ../nbs/10_chunk_intra.ipynb #c055
+def per_token_bwd(
+    dg: Tensor,  # gradient of the log-decays, [..., C, K]
+) -> Tensor:  # gradient of the cumulative ones, [..., C, K]
+    "Gradient of `per_token`."
+    return dg - F.pad(dg[..., 1:, :], (0, 0, 0, 1))
+
+# %% ../nbs/10_chunk_intra.ipynb #c058
 @operator
 def chunk_kda_bwd_intra(
     q: Tensor,  # queries, [B, T, H, K]
@@ -158,7 +169,7 @@ def chunk_kda_bwd_intra(
     dtype = compute_dtype(q, k, g, beta, dAqk, dAkk)
     q, k, G, beta, dAqk, dAkk = (to_chunks(share_heads(x.to(dtype), n["HV"]), cu_seqlens, chunk_size)
                                  for x in (q, k, g, beta, dAqk, dAkk))
-    grads = intra_chunk_bwd(q, k, per_token(G).clamp(max=0), beta, 1.0, dAqk, dAkk)
-    grads = (from_chunks(x, cu_seqlens, n["B"], n["T"]) for x in grads)
-    new_q, new_k, new_g, new_b = grads
+    new = intra_chunk_bwd(q, k, per_token(G).clamp(max=0), beta, 1.0, dAqk, dAkk)
+    new_q, new_k, new_g, new_b = (from_chunks(x, cu_seqlens, n["B"], n["T"])
+                                  for x in (*new[:2], per_token_bwd(new[2]), new[3]))
     return dq + new_q, dk + new_k, db + new_b, dg + new_g

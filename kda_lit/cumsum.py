@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['chunk_local_cumsum', 'chunk_global_cumsum', 'chunk_local_cumsum_scalar', 'chunk_local_cumsum_vector', 'since_start',
-           'until_end']
+           'until_end', 'since_start_bwd', 'until_end_bwd']
 
 # %% ../nbs/01_cumsum.ipynb #c003
 import torch
@@ -91,3 +91,19 @@ def until_end(
     "The sum over the chunk's tokens after this one, G_last − G. Source: Eq. 8's γ^{i→C}"
     ones = torch.ones(g.shape[-2], g.shape[-2], dtype=g.dtype, device=g.device)
     return ones.triu(1) @ g
+
+# %% ../nbs/01_cumsum.ipynb #c029
+def since_start_bwd(
+    dG: Tensor,  # gradient of `since_start`, [..., C, K]
+) -> Tensor:  # gradient of g, [..., C, K]
+    "The sum over this token and all later ones of the chunk. Source: γ^r of Eq. 1, differentiated"
+    ones = torch.ones(dG.shape[-2], dG.shape[-2], dtype=dG.dtype, device=dG.device)
+    return ones.triu() @ dG
+
+
+def until_end_bwd(
+    dU: Tensor,  # gradient of `until_end`, [..., C, K]
+) -> Tensor:  # gradient of g, [..., C, K]
+    "The sum over all earlier tokens of the chunk. Source: γ^{i→C} of Eq. 8, differentiated"
+    ones = torch.ones(dU.shape[-2], dU.shape[-2], dtype=dU.dtype, device=dU.device)
+    return ones.tril(-1) @ dU

@@ -93,5 +93,5 @@ def prepare_wy_repr_bwd(
     faded = G.exp()
     dke, dv, dbeta, dL = wy_vectors_bwd(k * faded, v, beta, A, dw, du)
     dk = dke * faded
-    grads = dk, dv, dbeta, dk * k, dL
+    grads = dk, dv, dbeta, dk * k, dL                       # e^G brings itself down: dG = k dk
     return tuple(from_chunks(x, cu_seqlens, n["B"], n["T"]) for x in grads)

@@ -38,9 +38,18 @@ OPERATOR = {  # what is wrong: the changed arguments, the error, words of its me
     **{f"no {name}": (dict([(name, None)]), TypeError, f"`{name}`", "a tensor", "None") for name in NAMES},
 }
 
-CHUNK = {
-    "chunks of 48": (dict(chunk_size=48), ValueError, "`chunk_size`", "32 or 64", "48"),
+OPTIONS = {  # of chunk_kda and fused_recurrent_kda
     "batch of 2 packed": (dict(cu_seqlens=tensor([0, 7])), ValueError, "`q`", "batch size 1", "got 2"),
+    "rate without gate": (dict(A_log=ones(4)), ValueError, "`A_log`", "use_gate_in_kernel=True", "Tensor"),
+    "bias without gate": (dict(dt_bias=ones(32)), ValueError, "`dt_bias`", "use_gate_in_kernel=True", "Tensor"),
+    "bound without gate": (dict(lower_bound=-5.), ValueError, "`lower_bound`", "use_gate_in_kernel=True", "float"),
+    "gate without rate": (dict(use_gate_in_kernel=True), ValueError, "`A`", "lower_bound", "None"),
+    "rate of 3 heads": (dict(use_gate_in_kernel=True, A_log=ones(3)), ValueError, "`A`", "[4]", "[3]"),
+    "safe without bound": (dict(use_gate_in_kernel=True, A_log=ones(4), safe_gate=True), ValueError, "`lower_bound`",
+                           "safe_gate=True", "None"),
+    "strengths up to 2, not raw": (dict(allow_neg_eigval=True), ValueError, "`allow_neg_eigval`",
+                                   "use_beta_sigmoid_in_kernel=True", "True"),
+    "K x V state": (dict(state_v_first=True), ValueError, "`initial_state`", "[2, 4, 8, 6]", "[2, 4, 6, 8]"),
 }
 
 PACKED = {
@@ -61,17 +70,18 @@ def refuses(call, error, *words):
     for word in words: assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("op", [kl.chunk_kda, kl.naive_recurrent_kda, kl.naive_chunk_kda])
+@pytest.mark.parametrize("op", [kl.chunk_kda, kl.fused_recurrent_kda, kl.naive_recurrent_kda, kl.naive_chunk_kda])
 @pytest.mark.parametrize("wrong", OPERATOR)
 def test_operators(op, wrong):
     change, *what = OPERATOR[wrong]
     refuses(lambda: op(**{**X, **change}), *what)
 
 
-@pytest.mark.parametrize("wrong", CHUNK)
-def test_chunk_kda(wrong):
-    change, *what = CHUNK[wrong]
-    refuses(lambda: kl.chunk_kda(**{**X, **change}), *what)
+@pytest.mark.parametrize("op", [kl.chunk_kda, kl.fused_recurrent_kda])
+@pytest.mark.parametrize("wrong", OPTIONS)
+def test_options(op, wrong):
+    change, *what = OPTIONS[wrong]
+    refuses(lambda: op(**{**X, **change}), *what)
 
 
 @pytest.mark.parametrize("op", [
@@ -154,6 +164,9 @@ CALLS = {  # what is wrong: the call, the error, words of its message
                  ValueError, "`A`", "[2, 7, 4, 32]", "[2, 7, 4, 64]"),
     "output states": (lambda: kl.chunk_gla_fwd_o_gk(X["q"], X["v"], X["g"], A, ones(2, 3, 4, 8, 6), 1.),
                       ValueError, "`h`", "[2, 1, 4, 8, 6]", "[2, 3, 4, 8, 6]"),
+    # operators
+    "chunks of 48": (lambda: kl.chunk_kda(**X, chunk_size=48), ValueError, "`chunk_size`", "32 or 64", "48"),
+    "one decay a channel": (lambda: kl.chunk_gated_delta_rule(**X), ValueError, "`g`", "[2, 7, HV]", "[2, 7, 4, 8]"),
     # modules
     "convolution's activation": (lambda: kl.ShortConvolution(8, activation="relu"), ValueError, "`activation`", "'silu'",
                                  "'relu'"),

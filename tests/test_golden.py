@@ -3,8 +3,10 @@ import pytest
 import torch
 
 from helpers import NAMES, distance, golden, gradients, state_dict
-from kda_lit import (FusedRMSNormGated, KDAConfig, KDAForCausalLM, KimiDeltaAttention, ShortConvolution, chunk_kda,
-                     fused_kda_gate, l2norm, naive_recurrent_kda, rms_norm_gated)
+from kda_lit import (FusedRMSNormGated, KDAConfig, KDAForCausalLM, KimiDeltaAttention, ShortConvolution,
+                     chunk_gated_delta_rule, chunk_kda, fused_kda_gate, fused_recurrent_gated_delta_rule,
+                     fused_recurrent_kda, l2norm, naive_recurrent_kda, rms_norm_gated)
+
 
 OP_CASES = ["op_basic", "op_headdim128", "op_gva", "op_strong_decay", "op_no_decay", "op_no_l2_scaled"]
 
@@ -22,7 +24,7 @@ def inputs(case):
     return x, dict(use_qk_l2norm_in_kernel=case["use_qk_l2norm"], scale=case["scale"])
 
 
-@pytest.mark.parametrize("op", [chunk_kda, naive_kda])
+@pytest.mark.parametrize("op", [chunk_kda, fused_recurrent_kda, naive_kda])
 @pytest.mark.parametrize("name", OP_CASES)
 def test_operator(name, op):
     case = golden(name)
@@ -32,7 +34,7 @@ def test_operator(name, op):
     assert distance(S, case["ht"]) < 2e-5
 
 
-@pytest.mark.parametrize("op", [chunk_kda, naive_kda])
+@pytest.mark.parametrize("op", [chunk_kda, fused_recurrent_kda, naive_kda])
 @pytest.mark.parametrize("name", OP_CASES)
 def test_operator_gradients(name, op):
     case = golden(name)
@@ -42,17 +44,26 @@ def test_operator_gradients(name, op):
         assert distance(gradient, recorded) < 1e-4, of
 
 
-def test_packed_sequences():
+@pytest.mark.parametrize("op", [chunk_kda, fused_recurrent_kda])
+def test_packed_sequences(op):
     case = golden("op_varlen")
     x, options = inputs(case)
-    o, S = chunk_kda(**x, output_final_state=True, cu_seqlens=case["cu_seqlens"], **options)
+    o, S = op(**x, output_final_state=True, cu_seqlens=case["cu_seqlens"], **options)
     assert distance(o, case["o"]) < 2e-5
     assert distance(S, case["ht"]) < 2e-5
 
 
-@pytest.mark.parametrize("op", [chunk_kda, naive_kda])
+@pytest.mark.parametrize("op", [chunk_gated_delta_rule, fused_recurrent_gated_delta_rule])
 def test_gated_delta_rule(op):
-    "A decay for the whole head is KDA with that decay in every channel."
+    case = golden("gdn_op")
+    x, options = inputs(case)
+    o, S = op(**x, output_final_state=True, **options)
+    assert distance(o, case["o"]) < 2e-5
+    assert distance(S, case["ht"]) < 2e-5
+
+
+@pytest.mark.parametrize("op", [chunk_kda, fused_recurrent_kda, naive_kda])
+def test_gated_delta_rule_is_kda_with_one_decay_a_head(op):
     case = golden("gdn_op")
     x, options = inputs(case)
     x["g"] = x["g"][..., None].expand(*x["g"].shape, x["k"].shape[-1])
