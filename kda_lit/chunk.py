@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunk_delta_h import chunk_scan, chunk_scan_bwd
+from .chunk_delta_h import by_rows, chunk_scan, chunk_scan_bwd
 from .chunk_inter import inter_chunk_bwd
 from .chunk_intra import intra_chunk, intra_chunk_bwd
 from .chunk_o import read_out
@@ -113,9 +113,10 @@ def cut_inputs(q, k, v, g, beta, cu_seqlens, chunk_size):
 
 def states_or_zeros(S, cu_seqlens, k, v):
     "Given states in the dtype of computation, or zeros, [N, HV, K, V]."
-    N = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     dtype = compute_dtype(k, v, S)
-    return v.new_zeros(N, v.shape[2], k.shape[3], v.shape[3], dtype=dtype) if S is None else S.to(dtype)
+    if S is not None: return S.to(dtype)
+    N = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    return v.new_zeros(N, v.shape[2], k.shape[3], v.shape[3], dtype=dtype)
 
 # %% ../nbs/30_chunk.ipynb #c018
 @operator
@@ -129,12 +130,13 @@ def chunk_kda_fwd(
     initial_state: Tensor | None = None,  # [N, HV, K, V]
     cu_seqlens: Tensor | None = None,  # [N+1]
     chunk_size: int = 64,
-) -> tuple[Tensor, Forward]:  # o [B, T, HV, V] in v's dtype, and all that was computed, in chunks
+) -> tuple[Tensor, Forward]:  # o [B, T, HV, V] in v's dtype; all that it took, in chunks
     """KDA's forward pass, equation 1, without checks and without autograd.
     Source: Eq. 6-9; fla/ops/kda/chunk.py chunk_kda_fwd"""
     B, T = v.shape[:2]
-    S, offsets = states_or_zeros(initial_state, cu_seqlens, k, v), first_chunks(cu_seqlens, B, T, chunk_size)
-    f = forward_chunks(*cut_inputs(q, k, v, g, beta, cu_seqlens, chunk_size), scale, S, offsets)
+    inputs = cut_inputs(q, k, v, g, beta, cu_seqlens, chunk_size)
+    S = states_or_zeros(initial_state, cu_seqlens, k, v)
+    f = forward_chunks(*inputs, scale, S, first_chunks(cu_seqlens, B, T, chunk_size))
     return from_chunks(f.o, cu_seqlens, B, T).to(v.dtype), f
 
 # %% ../nbs/30_chunk.ipynb #c019
@@ -161,26 +163,30 @@ def chunk_kda_bwd(
     inputs = cut_inputs(q, k, v, g, beta, cu_seqlens, chunk_size)
     if prepared is None: prepared = prepare_chunks(*inputs, scale, Akk)
     do = to_chunks(do.to(dtype), cu_seqlens, chunk_size)
-    dS, offsets = states_or_zeros(dht, cu_seqlens, k, v), first_chunks(cu_seqlens, B, T, chunk_size)
+    dS = states_or_zeros(dht, cu_seqlens, k, v)
+    offsets = first_chunks(cu_seqlens, B, T, chunk_size)
     *grads, dS0 = backward_chunks(*inputs, scale, Aqk, Akk, h, prepared, do, dS, offsets)
-    dq, dk, dv, dg, dbeta = (from_chunks(x, cu_seqlens, B, T) for x in grads)
-    dq, dk = (x.unflatten(2, (H, -1)).sum(3) for x in (dq, dk))            # heads that were shared
-    return *(d.to(x.dtype) for d, x in zip((dq, dk, dv, dg, dbeta), (q, k, v, g, beta))), dS0
+    dq, dk, *others = (from_chunks(x, cu_seqlens, B, T) for x in grads)
+    dq, dk = (x.unflatten(2, (H, -1)).sum(3) for x in (dq, dk))     # heads that were shared
+    return *(d.to(x.dtype) for d, x in zip((dq, dk, *others), (q, k, v, g, beta))), dS0
 
 # %% ../nbs/30_chunk.ipynb #c021
 class ChunkKDAFunction(torch.autograd.Function):
-    """chunk_kda_fwd and chunk_kda_bwd as one differentiable step. Returns o, the final states, and
-    the states on entry to each chunk, which carry no gradient.
+    """chunk_kda_fwd and chunk_kda_bwd as one differentiable step.
+    Returns o, the final states, and the states on entry to each chunk, which carry no
+    gradient.
     Source: Eq. 6-9; fla/ops/kda/chunk.py ChunkKDAFunction"""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens,
-                chunk_size, disable_recompute):
+    def forward(ctx, q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel,
+                cu_seqlens, chunk_size, disable_recompute):
         ctx.options = scale, chunk_size, use_qk_l2norm_in_kernel
         unit_q, unit_k = unit_length(q, k, use_qk_l2norm_in_kernel)[:2]
-        o, f = chunk_kda_fwd(unit_q, unit_k, v, g, beta, scale, initial_state, cu_seqlens, chunk_size)
+        o, f = chunk_kda_fwd(unit_q, unit_k, v, g, beta, scale, initial_state,
+                             cu_seqlens, chunk_size)
         kept = f.prepared if disable_recompute else ()
-        ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, f.Aqk, f.Akk, f.h, *kept)
+        ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens,
+                              f.Aqk, f.Akk, f.h, *kept)
         ctx.mark_non_differentiable(f.h)
         return o, f.S, f.h
 
@@ -190,16 +196,17 @@ class ChunkKDAFunction(torch.autograd.Function):
         q, k, v, g, beta, S0, cu_seqlens, Aqk, Akk, h, *kept = ctx.saved_tensors
         scale, chunk_size, normalise = ctx.options
         unit_q, unit_k, rq, rk = unit_length(q, k, normalise)
+        prepared = Prepared(*kept) if kept else None
         dq, dk, dv, dg, dbeta, dS0 = chunk_kda_bwd(
             unit_q, unit_k, v, g, beta, scale, Aqk, Akk, h, do, dht, cu_seqlens, chunk_size,
-            Prepared(*kept) if kept else None)
+            prepared)
         if normalise: dq, dk = l2norm_bwd(unit_q, rq, dq), l2norm_bwd(unit_k, rk, dk)
         dS0 = None if S0 is None else dS0.to(S0.dtype)
         return dq.to(q.dtype), dk.to(k.dtype), dv, dg, dbeta, None, dS0, *[None] * 4
 
 
 def unit_length(q, k, normalise):
-    "q and k at unit length, in the dtype of computation, with their factors; or as they are."
+    "q and k at unit length in the dtype of computation, and their factors; or as they are."
     if not normalise: return q, k, None, None
     (q, rq), (k, rk) = (l2norm_fwd(x, output_dtype=compute_dtype(x)) for x in (q, k))
     return q, k, rq, rk
@@ -227,9 +234,9 @@ def chunk_kda(
     lower_bound: float | None = None,  # the bounded gate instead of softplus
     state_v_first: bool = False,  # states are [N, HV, V, K], in and out
     chunk_size: int = 64,  # 32 or 64
-    return_intermediate_states: bool = False,  # also return h
+    return_intermediate_states: bool = False,  # also return h, [B, NT, HV, K, V]
     disable_recompute: bool = False,  # keep more for the backward pass: faster, more memory
-) -> tuple:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] or None, and h [B, NT, HV, K, V] if asked
+) -> tuple:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] or None; if asked, h
     """Kimi Delta Attention, in chunks; differentiable in all tensors.
     Half precision is computed in float32, and states are float32. Raises ValueError for a
     wrong shape, range or combination, TypeError for a wrong dtype, before anything runs.
@@ -237,23 +244,25 @@ def chunk_kda(
     if state_v_first and initial_state is not None: initial_state = initial_state.mT
     n = check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
     require(chunk_size in (32, 64), "chunk_size", "32 or 64", chunk_size)
-    g, beta = resolve_gates(g, beta, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel,
-                            allow_neg_eigval, safe_gate, lower_bound)
-    o, S, h = ChunkKDAFunction.apply(q, k, v, g, beta, n["K"] ** -0.5 if scale is None else scale,
-                                     initial_state, use_qk_l2norm_in_kernel, cu_seqlens, chunk_size,
-                                     disable_recompute)
-    h = h.unflatten(0, (n["B"], len(h) // max(n["B"], 1)))
+    raw = use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval
+    g, beta = resolve_gates(g, beta, *raw, safe_gate, lower_bound)
+    if scale is None: scale = n["K"] ** -0.5
+    options = use_qk_l2norm_in_kernel, cu_seqlens, chunk_size, disable_recompute
+    o, S, h = ChunkKDAFunction.apply(q, k, v, g, beta, scale, initial_state, *options)
     if state_v_first: S, h = S.mT, h.mT
     S = S if output_final_state else None
-    return (o, S, h) if return_intermediate_states else (o, S)
+    return (o, S, by_rows(h, n["B"])) if return_intermediate_states else (o, S)
 
 # %% ../nbs/30_chunk.ipynb #c059
 class Trace(dict):
-    "Intermediate tensors of a forward pass by name; shows shapes and heat maps in a notebook."
+    "Intermediate tensors of a forward pass by name; a notebook shows their shapes."
 
     def __repr__(self):
-        rows = ((name, list(x.shape), x.float().abs().max().item() if x.numel() else 0) for name, x in self.items())
-        return "\n".join(f"{name:6}{str(shape):24}max |·| {top:.3g}" for name, shape, top in rows)
+        rows = []
+        for name, x in self.items():
+            top = x.float().abs().max().item() if x.numel() else 0
+            rows.append(f"{name:6}{str(list(x.shape)):24}max |·| {top:.3g}")
+        return "\n".join(rows)
 
     def show(
         self,
@@ -278,16 +287,17 @@ def trace_kda(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,  # [N+1]
     chunk_size: int = 64,
-) -> Trace:  # G Aqk Akk w u qg kg v_new o [B, T, HV, ·], h [B, NT, HV, K, V], S [N, HV, K, V]
-    """Every intermediate tensor of the forward pass, by its name in the glossary; no gradients.
-    Errors as in `chunk_kda`. Source: Eq. 6-9"""
+) -> Trace:  # G Aqk Akk w u qg kg v_new o [B, T, HV, ·], h [B, NT, HV, K, V], S
+    """Every intermediate tensor of the forward pass, by its name in the glossary.
+    No gradients. Errors as in `chunk_kda`.
+    Source: Eq. 6-9"""
     n = check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
+    if scale is None: scale = n["K"] ** -0.5
     with torch.no_grad():
         q, k, *_ = unit_length(q, k, use_qk_l2norm_in_kernel)
-        o, f = chunk_kda_fwd(q, k, v, g, beta, n["K"] ** -0.5 if scale is None else scale,
-                             initial_state, cu_seqlens, chunk_size)
+        o, f = chunk_kda_fwd(q, k, v, g, beta, scale, initial_state, cu_seqlens, chunk_size)
         G = since_start(cut_inputs(q, k, v, g, beta, cu_seqlens, chunk_size)[3])
     p, sew = f.prepared, lambda x: from_chunks(x, cu_seqlens, n["B"], n["T"])
     parts = dict(G=G, Aqk=f.Aqk, Akk=f.Akk, w=p.w, u=p.u, qg=p.qg, kg=p.kg, v_new=f.v_new)
-    h = f.h.unflatten(0, (n["B"], len(f.h) // max(n["B"], 1)))
-    return Trace({name: sew(x) for name, x in parts.items()} | dict(o=o, h=h, S=f.S))
+    states = dict(h=by_rows(f.h, n["B"]), S=f.S)
+    return Trace({name: sew(x) for name, x in parts.items()} | dict(o=o) | states)

@@ -51,11 +51,13 @@ def chunk_kda_bwd_dqkwg(
     cu_seqlens: Tensor | None = None,  # [N+1]
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dq, dk, dw, dg, all [B, T, HV, K]
-    """Gradients across chunk borders. dg is that of G: sum it backwards over each chunk for the
-    log-decays. Raises ValueError for a wrong shape.
+    """Gradients across chunk borders.
+    dg is that of G: sum it backwards over each chunk for the log-decays.
+    Raises ValueError for a wrong shape.
     Source: Eq. 8-9, differentiated; fla/ops/kda/chunk_inter.py chunk_kda_bwd_dqkwg"""
-    n = check_shapes({"C": chunk_size}, q=(q, "B T H K"), k=(k, "B T H K"), w=(w, "B T HV K"),
-                     v=(v, "B T HV V"), g=(g, "B T HV K"), do=(do, "B T HV V"), dv=(dv, "B T HV V"))
+    n = check_shapes({"C": chunk_size}, q=(q, "B T H K"), k=(k, "B T H K"),
+                     w=(w, "B T HV K"), v=(v, "B T HV V"), g=(g, "B T HV K"),
+                     do=(do, "B T HV V"), dv=(dv, "B T HV V"))
     check_cu_seqlens(cu_seqlens, n["B"], n["T"])
     for name, states in (("h", h), ("dh", dh)): check_states(name, states, n, cu_seqlens)
     dtype = compute_dtype(q, k, v, h, g, do, dh, dv)

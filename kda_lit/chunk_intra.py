@@ -100,10 +100,12 @@ def decay_scores_bwd(
     g: Tensor,  # log-decays, [..., C, K]
     dscores: tuple[Tensor, ...],  # a gradient [..., C, C] for each of rows
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # of rows, of k as columns, of g, all [..., C, K]
-    """Gradient of `decay_scores`, equations 4 and 5; what stands above the diagonal is not read.
+    """Gradient of `decay_scores`, equations 4 and 5.
+    What stands on and above the diagonal of dscores is not read.
     Source: Eq. 6 and 9, differentiated"""
     C, half = k.shape[-2], lambda x, s, i: x.unflatten(-2, (-1, 2, s))[..., i, :, :]
-    drows, dk, dg = [torch.zeros_like(a) for a in rows], torch.zeros_like(k), torch.zeros_like(g)
+    drows = [torch.zeros_like(a) for a in rows]
+    dk, dg = torch.zeros_like(k), torch.zeros_like(g)
     for s in halves(C):
         middle = to_middle(C, s, g)
         factor, exponent = (middle @ g).exp(), torch.zeros_like(g)
@@ -129,7 +131,8 @@ def intra_chunk_bwd(
     dAqk: Tensor,  # gradient of Aqk, [..., C, C]
     dL: Tensor,  # gradient of L, before the inverse, [..., C, C]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dq, dk, dg [..., C, K], dbeta [..., C]
-    "Gradient of the in-chunk scores, equations 4 and 5. Source: Eq. 6 and 9, differentiated"
+    """Gradient of the in-chunk scores, equations 4 and 5.
+    Source: Eq. 6 and 9, differentiated"""
     beta = beta[..., None]
     (dq, dkb), dk_column, dg = decay_scores_bwd((scale * q, beta * k), k, g, (dAqk, dL))
     dq, dk = scale * dq, beta * dkb + dk_column
@@ -159,16 +162,18 @@ def chunk_kda_bwd_intra(
     cu_seqlens: Tensor | None = None,  # [N+1]
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dq, dk, db, dg; new tensors
-    """Add the gradients that come through the in-chunk scores. dg is that of G: sum it backwards
-    over each chunk for the log-decays. Raises ValueError for a wrong shape.
+    """Add the gradients that come through the in-chunk scores.
+    dg is that of G: sum it backwards over each chunk for the log-decays.
+    Raises ValueError for a wrong shape.
     Source: Eq. 6 and 9, differentiated; fla/ops/kda/chunk_intra.py chunk_kda_bwd_intra"""
-    n = check_shapes({"C": chunk_size}, q=(q, "B T H K"), k=(k, "B T H K"), g=(g, "B T HV K"),
-                     beta=(beta, "B T HV"), dAqk=(dAqk, "B T HV C"), dAkk=(dAkk, "B T HV C"),
-                     dq=(dq, "B T HV K"), dk=(dk, "B T HV K"), db=(db, "B T HV"), dg=(dg, "B T HV K"))
+    n = check_shapes({"C": chunk_size}, q=(q, "B T H K"), k=(k, "B T H K"),
+                     g=(g, "B T HV K"), beta=(beta, "B T HV"),
+                     dAqk=(dAqk, "B T HV C"), dAkk=(dAkk, "B T HV C"), dq=(dq, "B T HV K"),
+                     dk=(dk, "B T HV K"), db=(db, "B T HV"), dg=(dg, "B T HV K"))
     check_cu_seqlens(cu_seqlens, n["B"], n["T"])
     dtype = compute_dtype(q, k, g, beta, dAqk, dAkk)
-    q, k, G, beta, dAqk, dAkk = (to_chunks(share_heads(x.to(dtype), n["HV"]), cu_seqlens, chunk_size)
-                                 for x in (q, k, g, beta, dAqk, dAkk))
+    cut = lambda x: to_chunks(share_heads(x.to(dtype), n["HV"]), cu_seqlens, chunk_size)
+    q, k, G, beta, dAqk, dAkk = map(cut, (q, k, g, beta, dAqk, dAkk))
     new = intra_chunk_bwd(q, k, per_token(G).clamp(max=0), beta, 1.0, dAqk, dAkk)
     new_q, new_k, new_g, new_b = (from_chunks(x, cu_seqlens, n["B"], n["T"])
                                   for x in (*new[:2], per_token_bwd(new[2]), new[3]))

@@ -31,7 +31,8 @@ def check_states(
     cu_seqlens: Tensor | None,  # [N+1]
 ):
     "Raise ValueError unless there is one state per chunk."
-    B, NT = sizes["B"], int(first_chunks(cu_seqlens, sizes["B"], sizes["T"], sizes["C"])[-1])
+    B, T, C = (sizes[letter] for letter in "BTC")
+    NT = int(first_chunks(cu_seqlens, B, T, C)[-1])
     check_shapes(dict(sizes, NT=NT // max(B, 1)), **{name: (h, "B NT HV K V")})
 
 # %% ../nbs/21_chunk_o.ipynb #c015
@@ -67,11 +68,13 @@ def chunk_gla_bwd_dA(
     cu_seqlens: Tensor | None = None,  # [N+1]
     chunk_size: int = 64,
 ) -> Tensor:  # [B, T, H, C] in float32
-    """Gradient of the plain in-chunk scores, lower triangular. ValueError for a wrong shape.
+    """Gradient of the plain in-chunk scores, lower triangular.
+    Raises ValueError for a wrong shape.
     Source: Eq. 9, differentiated; fla/ops/gla/chunk.py chunk_gla_bwd_dA"""
     n = check_shapes(v=(v, "B T H V"), do=(do, "B T H V"))
     check_cu_seqlens(cu_seqlens, n["B"], n["T"])
-    v, do = (to_chunks(x.to(compute_dtype(v, do)), cu_seqlens, chunk_size) for x in (v, do))
+    dtype = compute_dtype(v, do)
+    v, do = (to_chunks(x.to(dtype), cu_seqlens, chunk_size) for x in (v, do))
     return from_chunks((do @ v.mT).tril() * scale, cu_seqlens, n["B"], n["T"])
 
 # %% ../nbs/21_chunk_o.ipynb #c029
@@ -80,9 +83,10 @@ def scalar_decay_scores(
     k: Tensor,  # [..., C, K]
     g: Tensor,  # log-decays, one a token, [..., C]
 ) -> Tensor:  # [..., C, C], lower triangular with diagonal
-    "q kᵀ times the decay between each pair of tokens, for one decay a head. Source: Eq. 9 with α a scalar"
+    """q kᵀ times the decay between each pair of tokens, for one decay a head.
+    Source: Eq. 9 with α a scalar"""
     C = g.shape[-1]
-    pairs = g[..., None].expand(*g.shape, C).tril(-1).cumsum(-2)     # Σ g from j+1 to i, no differences
+    pairs = g[..., None].expand(*g.shape, C).tril(-1).cumsum(-2)   # sums from j+1 to i
     return (q @ k.mT * pairs.exp()).tril()
 
 # %% ../nbs/21_chunk_o.ipynb #c031
@@ -98,17 +102,21 @@ def chunk_bwd_dv_local(
     cu_seqlens: Tensor | None = None,  # [N+1]
     chunk_size: int = 64,
 ) -> Tensor:  # [B, T, H, V]
-    """Gradient of what tokens write, from inside their chunk: Aqkᵀ do. ValueError for a wrong shape.
+    """Gradient of what tokens write, from inside their chunk: Aqkᵀ do.
+    Raises ValueError for a wrong shape.
     Source: Eq. 9, differentiated; fla/ops/common/chunk_o.py chunk_bwd_dv_local"""
-    n = check_shapes({"C": chunk_size}, q=(q, "B T H K"), k=(k, "B T H K"), do=(do, "B T H V"),
-                     g=(g, "? B T H"), g_gamma=(g_gamma, "? H"), A=(A, "? B T H C"))
+    n = check_shapes({"C": chunk_size}, q=(q, "B T H K"), k=(k, "B T H K"),
+                     do=(do, "B T H V"), g=(g, "? B T H"), g_gamma=(g_gamma, "? H"),
+                     A=(A, "? B T H C"))
     check_cu_seqlens(cu_seqlens, n["B"], n["T"])
     dtype = compute_dtype(q, k, do, g, A)
     cut = lambda x: to_chunks(x.to(dtype), cu_seqlens, chunk_size)
     if A is None:
         decays = torch.zeros_like(cut(do[..., 0]))
-        if g is not None: decays = decays + per_token(cut(g)[..., None]).squeeze(-1).clamp(max=0)
+        if g is not None:
+            decays = decays + per_token(cut(g)[..., None]).squeeze(-1).clamp(max=0)
         if g_gamma is not None: decays = decays + g_gamma[:, None].to(dtype)
-        scores = scalar_decay_scores(cut(q), cut(k), decays) * (n["K"] ** -0.5 if scale is None else scale)
+        if scale is None: scale = n["K"] ** -0.5
+        scores = scalar_decay_scores(cut(q), cut(k), decays) * scale
     else: scores = cut(A).tril()
     return from_chunks(scores.mT @ cut(do), cu_seqlens, n["B"], n["T"]).to(do.dtype)

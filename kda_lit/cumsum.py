@@ -96,7 +96,8 @@ def until_end(
 def since_start_bwd(
     dG: Tensor,  # gradient of `since_start`, [..., C, K]
 ) -> Tensor:  # gradient of g, [..., C, K]
-    "The sum over this token and all later ones of the chunk. Source: γ^r of Eq. 1, differentiated"
+    """The sum over this token and all later ones of the chunk.
+    Source: γ^r of Eq. 1, differentiated"""
     ones = torch.ones(dG.shape[-2], dG.shape[-2], dtype=dG.dtype, device=dG.device)
     return ones.triu() @ dG
 
@@ -104,6 +105,7 @@ def since_start_bwd(
 def until_end_bwd(
     dU: Tensor,  # gradient of `until_end`, [..., C, K]
 ) -> Tensor:  # gradient of g, [..., C, K]
-    "The sum over all earlier tokens of the chunk. Source: γ^{i→C} of Eq. 8, differentiated"
+    """The sum over all earlier tokens of the chunk.
+    Source: γ^{i→C} of Eq. 8, differentiated"""
     ones = torch.ones(dU.shape[-2], dU.shape[-2], dtype=dU.dtype, device=dU.device)
     return ones.tril(-1) @ dU

@@ -62,7 +62,7 @@ def recurrent_fwd(
     S: Tensor,  # initial states, [N, H, K, V]
     offsets: Tensor,  # first token of each sequence, [N+1]
     every: int = 64,  # keep a state every so many steps
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # o [M, H, V], final states [N, H, K, V], kept states
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # o [M, H, V], S [N, H, K, V], kept states
     "Equation 1 of 05_naive for all tokens of all sequences. Source: Eq. 1"
     longest_first, steps = schedule(offsets)
     S, final, outputs, kept = S[longest_first], [], [v[:0]], []
@@ -88,7 +88,8 @@ def recurrent_bwd(
     offsets: Tensor,  # first token of each sequence, [N+1]
     every: int = 64,
 ) -> list[Tensor]:  # dq, dk, dv, dg, dbeta [M, H, …], dS0 [N, H, K, V]
-    "Gradients of `recurrent_fwd`: replay a stretch, then walk it back. Source: Eq. 1, differentiated"
+    """Gradients of `recurrent_fwd`: replay a stretch, then walk it back.
+    Source: Eq. 1, differentiated"""
     longest_first, steps = schedule(offsets)
     final, walking, grads = dS[longest_first], dS[:0], []
     inputs = by_step((q, k, v, g, beta, do), steps)
@@ -107,12 +108,14 @@ def recurrent_bwd(
 
 # %% ../nbs/31_fused_recurrent.ipynb #c019
 class FusedRecurrentKDAFunction(torch.autograd.Function):
-    "Forward and backward above as one differentiable step. Source: fla/ops/kda/fused_recurrent.py"
+    """Forward and backward above as one differentiable step.
+    Source: Eq. 1; fla/ops/kda/fused_recurrent.py FusedRecurrentKDAFunction"""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens):
+    def forward(ctx, q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel,
+                cu_seqlens):
         ctx.options = scale, use_qk_l2norm_in_kernel
-        tokens, offsets = flat_tokens(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, cu_seqlens)
+        tokens, offsets = flat_tokens(q, k, v, g, beta, *ctx.options, cu_seqlens)
         S = states_or_zeros(initial_state, cu_seqlens, k, v)
         o, S, kept = recurrent_fwd(*tokens, S, offsets)
         ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *kept)
@@ -125,7 +128,8 @@ class FusedRecurrentKDAFunction(torch.autograd.Function):
         scale, normalise = ctx.options
         tokens, offsets = flat_tokens(q, k, v, g, beta, scale, normalise, cu_seqlens)
         do = do.flatten(0, 1).to(tokens[0].dtype)
-        *grads, dS0 = recurrent_bwd(*tokens, kept, do, states_or_zeros(dht, cu_seqlens, k, v), offsets)
+        dS = states_or_zeros(dht, cu_seqlens, k, v)
+        *grads, dS0 = recurrent_bwd(*tokens, kept, do, dS, offsets)
         dq, dk, dv, dg, dbeta = (d.unflatten(0, v.shape[:2]) for d in grads)
         dq, dk = (x.unflatten(2, (q.shape[2], -1)).sum(3) for x in (dq * scale, dk))
         if normalise:
@@ -172,9 +176,10 @@ def fused_recurrent_kda(
     Source: Eq. 1; fla/ops/kda/fused_recurrent.py fused_recurrent_kda"""
     if state_v_first and initial_state is not None: initial_state = initial_state.mT
     n = check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
-    g, beta = resolve_gates(g, beta, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel,
-                            allow_neg_eigval, safe_gate, lower_bound)
-    o, S = FusedRecurrentKDAFunction.apply(q, k, v, g, beta, n["K"] ** -0.5 if scale is None else scale,
-                                           initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
+    raw = use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval
+    g, beta = resolve_gates(g, beta, *raw, safe_gate, lower_bound)
+    if scale is None: scale = n["K"] ** -0.5
+    o, S = FusedRecurrentKDAFunction.apply(
+        q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
     if state_v_first: S = S.mT
     return o, S if output_final_state else None

@@ -25,16 +25,17 @@ def kda_gate_ref(
     *,
     lower_bound: float | None = None,  # ℓ < 0: the bounded gate of the next section
 ) -> tuple[Tensor, Tensor | None]:  # g [..., H, K], sigmoid(b) [..., H] or None, float32
-    """Log-decays −exp(A) softplus(z + g_bias), or ℓ sigmoid(exp(A) (z + g_bias)); natural log.
+    """Natural-log decays −exp(A) softplus(z + g_bias), or ℓ sigmoid(exp(A) (z + g_bias)).
     Raises ValueError for a wrong shape or bound.
     Source: f of §4 (Mamba's form); fla/ops/kda/gate.py kda_gate_ref"""
-    require(A is not None or lower_bound is not None, "A", "given unless `lower_bound` is", A)
-    require(lower_bound is None or lower_bound < 0, "lower_bound", "below 0", lower_bound)
+    free = lower_bound is None
+    require(not (free and A is None), "A", "given unless `lower_bound` is", A)
+    require(free or lower_bound < 0, "lower_bound", "below 0", lower_bound)
     x = split_gate(g, head_k_dim, g_bias)
     rate = split_rate(A, x)
-    g_out = -rate * F.softplus(x, beta, threshold) if lower_bound is None \
-        else lower_bound * (rate * x).sigmoid()
-    return g_out, None if b is None else b.to(compute_dtype(b)).sigmoid()
+    if free: g = -rate * F.softplus(x, beta, threshold)
+    else: g = lower_bound * (rate * x).sigmoid()
+    return g, None if b is None else b.to(compute_dtype(b)).sigmoid()
 
 # %% ../nbs/06_gate.ipynb #c010
 def split_gate(g, head_k_dim, g_bias):
@@ -45,7 +46,8 @@ def split_gate(g, head_k_dim, g_bias):
     z = g.to(compute_dtype(g))
     if g_bias is not None:
         check_float_tensor("g_bias", g_bias)
-        require(g_bias.numel() == HK, "g_bias", f"of shape [H K] = [{HK}]", list(g_bias.shape))
+        shape = list(g_bias.shape)
+        require(g_bias.numel() == HK, "g_bias", f"of shape [H K] = [{HK}]", shape)
         z = z + g_bias.flatten().to(z.dtype)
     return z.unflatten(-1, (-1, head_k_dim))
 
@@ -70,8 +72,10 @@ def kda_gate_fwd(
     *,
     lower_bound: float | None = None,  # ℓ < 0: the bounded gate
 ) -> tuple[Tensor, Tensor | None]:  # g [..., H, K], sigmoid(b) [..., H] or None, float32
-    """`kda_gate_ref` as an operator. Source: f of §4; fla/ops/kda/gate.py kda_gate_fwd"""
-    return kda_gate_ref(g, A, head_k_dim, g_bias, b, beta, threshold, lower_bound=lower_bound)
+    """`kda_gate_ref` as an operator.
+    Source: f of §4; fla/ops/kda/gate.py kda_gate_fwd"""
+    return kda_gate_ref(g, A, head_k_dim, g_bias, b, beta, threshold,
+                        lower_bound=lower_bound)
 
 # %% ../nbs/06_gate.ipynb #c020
 @operator
@@ -88,7 +92,8 @@ def kda_gate_bwd(
     *,
     lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # dg, dA, dg_bias, db
-    """Gradients of both gates, equations 3 and 4; each shaped like its input, None where there is none.
+    """Gradients of both gates, equations 3 and 4.
+    Each is shaped like its input, and None where there is none.
     Source: f of §4, differentiated; fla/ops/kda/gate.py kda_gate_bwd"""
     x = split_gate(g, head_k_dim, g_bias)
     rate, dy = split_rate(A, x), dy.to(x.dtype)
@@ -100,8 +105,9 @@ def kda_gate_bwd(
         dx = lower_bound * y * (1 - y) * rate * dy
         dlog = dx * x
     dz = dx.flatten(-2)
-    dA = None if A is None else dlog.sum(-1).flatten(0, -2).sum(0).view_as(A).to(A.dtype)
-    dbias = None if g_bias is None else dz.flatten(0, -2).sum(0).view_as(g_bias).to(g_bias.dtype)
+    summed = lambda d, x: d.flatten(0, -2).sum(0).view_as(x).to(x.dtype)   # over all tokens
+    dA = None if A is None else summed(dlog.sum(-1), A)
+    dbias = None if g_bias is None else summed(dz, g_bias)
     if b is None: return dz.to(g.dtype), dA, dbias, None
     y = b.to(x.dtype).sigmoid()
     return dz.to(g.dtype), dA, dbias, (gb * y * (1 - y)).to(b.dtype)
@@ -112,17 +118,19 @@ class KDAGateFunction(torch.autograd.Function):
     Source: f of §4; fla/ops/kda/gate.py KDAGateFunction"""
 
     @staticmethod
-    def forward(ctx, g, A, head_k_dim, g_bias=None, b=None, beta=1.0, threshold=20.0, lower_bound=None):
+    def forward(ctx, g, A, head_k_dim, g_bias=None, b=None, beta=1.0, threshold=20.0,
+                lower_bound=None):
         ctx.save_for_backward(g, A, g_bias, b)
         ctx.options = head_k_dim, beta, threshold, lower_bound
-        return kda_gate_fwd(g, A, head_k_dim, g_bias, b, beta, threshold, lower_bound=lower_bound)
+        return kda_gate_fwd(g, A, head_k_dim, g_bias, b, beta, threshold,
+                            lower_bound=lower_bound)
 
     @staticmethod
     def backward(ctx, dy, gb):
         g, A, g_bias, b = ctx.saved_tensors
         head_k_dim, beta, threshold, lower_bound = ctx.options
-        dg, dA, dbias, db = kda_gate_bwd(dy, g, A, head_k_dim, g_bias, b, gb, beta, threshold,
-                                         lower_bound=lower_bound)
+        dg, dA, dbias, db = kda_gate_bwd(
+            dy, g, A, head_k_dim, g_bias, b, gb, beta, threshold, lower_bound=lower_bound)
         return dg, dA, None, dbias, db, None, None, None
 
 # %% ../nbs/06_gate.ipynb #c025
@@ -136,7 +144,7 @@ def fused_kda_gate(
     threshold: float = 20.0,  # softplus(x) = x where beta x is above this
     *,
     lower_bound: float | None = None,  # ℓ < 0: the bounded gate instead
-) -> Tensor | tuple[Tensor, Tensor]:  # g [..., H, K]; with b also sigmoid(b) [..., H]; float32
+) -> Tensor | tuple[Tensor, Tensor]:  # g [..., H, K] in float32; with b also sigmoid(b)
     """Log-decays from raw gates, natural log; differentiable.
     ValueError for a wrong shape or bound.
     Source: f of §4; fla/ops/kda/gate.py fused_kda_gate"""
@@ -155,15 +163,19 @@ def resolve_gates(
     safe_gate: bool = False,  # promise log-decays ≥ −5
     lower_bound: float | None = None,  # the bounded gate
 ) -> tuple[Tensor, Tensor]:  # log-decays and write strengths
-    """Apply the gate and the sigmoid where asked; differentiable. ValueError for options that do
-    not fit together. Source: §4; fla/ops/kda/chunk.py chunk_kda"""
+    """Apply the gate and the sigmoid where asked; differentiable.
+    ValueError for options that do not fit together.
+    Source: §4; fla/ops/kda/chunk.py chunk_kda"""
     if not use_gate_in_kernel:
-        for name, x in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
-            require(x is None, name, "None unless use_gate_in_kernel=True", type(x).__name__)
+        useless = dict(A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound)
+        for name, x in useless.items():
+            got = type(x).__name__
+            require(x is None, name, "None unless use_gate_in_kernel=True", got)
     else:
         unsafe = safe_gate and lower_bound is None
         require(not unsafe, "lower_bound", "given with safe_gate=True", None)
-        g = fused_kda_gate(g.flatten(-2), A_log, g.shape[-1], dt_bias, lower_bound=lower_bound)
+        g = fused_kda_gate(g.flatten(-2), A_log, g.shape[-1], dt_bias,
+                           lower_bound=lower_bound)
     raw = use_beta_sigmoid_in_kernel
     require(raw or not allow_neg_eigval, "allow_neg_eigval",
             "False unless use_beta_sigmoid_in_kernel=True", allow_neg_eigval)

@@ -125,7 +125,7 @@ class KDACache:
     def __len__(self): return len(self.layers)
 
     def __getitem__(self, layer_idx: int) -> dict:
-        "`recurrent_state` [N, HV, K, V], `conv_state` (three [N, D, W], or None), `tokens`."
+        "`recurrent_state` [N, HV, K, V], `conv_state` (three [N, D, W] or None), `tokens`."
         return self.layers[layer_idx]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -137,7 +137,8 @@ class KDACache:
         for layer in self.layers.values():
             pick = lambda x: x.index_select(0, beam_idx.to(x.device))
             layer["recurrent_state"] = pick(layer["recurrent_state"])
-            if layer["conv_state"] is not None: layer["conv_state"] = tuple(map(pick, layer["conv_state"]))
+            if layer["conv_state"] is not None:
+                layer["conv_state"] = tuple(map(pick, layer["conv_state"]))
 
     def update(
         self,
@@ -194,15 +195,16 @@ class KimiDeltaAttention(KDAParameters):
     """Kimi Delta Attention as a layer. Its options are explained at `KDAParameters`.
     Source: Eq. 10; fla/layers/kda.py KimiDeltaAttention"""
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [B, T, d] → [B, T, HV, K], [B, T, HV]
-        "Log-decays (natural logarithm) and write strengths of every value head."
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [B, T, d] → g, beta
+        "Log-decays (natural log), [B, T, HV, K], and write strengths, [B, T, HV]."
         g = fused_kda_gate(self.f_proj(x), self.A_log, self.head_k_dim, self.dt_bias,
                            lower_bound=self.lower_bound)
         beta = self.b_proj(x).to(g.dtype).sigmoid() * (2 if self.allow_neg_eigval else 1)
         return share_heads(g, self.num_v_heads), share_heads(beta, self.num_v_heads)
 
     def recurrence(self, q, k, v, g, beta, state, use_cache, cu_seqlens):
-        by_token = self.mode == "fused_recurrent" or (not self.training and q.shape[1] <= 64)
+        short = not self.training and q.shape[1] <= 64
+        by_token = self.mode == "fused_recurrent" or short
         operator = fused_recurrent_kda if by_token else chunk_kda
         return operator(q, k, v, g, beta, None, state, use_cache, True, cu_seqlens)
 
@@ -216,7 +218,8 @@ class KimiDeltaAttention(KDAParameters):
         cu_seqlens: Tensor | None = None,  # borders of packed sequences, [N+1]
         **kwargs,  # other arguments of the reference library, ignored
     ) -> tuple[Tensor, None, KDACache | None]:  # y [B, T, d]; None; the cache
-        "Equations 1 to 3. ValueError or TypeError for bad input; the cache is then unchanged."
+        """Equations 1 to 3.
+        ValueError or TypeError for bad input; the cache is then unchanged."""
         past = _recall(self, hidden_states, past_key_values)
         x, places, cu_seqlens = _unpad(hidden_states, attention_mask, cu_seqlens)
         q, k, v, conv_state = _qkv(self, x, past["conv_state"], use_cache, cu_seqlens)

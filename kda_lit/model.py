@@ -89,8 +89,8 @@ class KDAConfig(PreTrainedConfig):
         require(attn is None, "attn", "None: this version has no softmax layers", attn)
 
 # %% ../nbs/60_model.ipynb #c012
-LAYER_OPTIONS = """hidden_size expand_v head_dim num_heads num_v_heads use_short_conv conv_size
-allow_neg_eigval safe_gate lower_bound gate_per_value_head norm_eps""".split()
+LAYER_OPTIONS = """hidden_size expand_v head_dim num_heads num_v_heads use_short_conv
+conv_size allow_neg_eigval safe_gate lower_bound gate_per_value_head norm_eps""".split()
 
 
 class KDABlock(GradientCheckpointingLayer):
@@ -101,7 +101,8 @@ class KDABlock(GradientCheckpointingLayer):
         super().__init__()
         options = {name: getattr(config, name) for name in LAYER_OPTIONS}
         self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = KimiDeltaAttention(mode=config.attn_mode, layer_idx=layer_idx, **options)
+        mode = config.attn_mode
+        self.attn = KimiDeltaAttention(mode=mode, layer_idx=layer_idx, **options)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = KDAMLP(config.hidden_size, config.hidden_ratio, config.intermediate_size)
 
@@ -157,14 +158,17 @@ class KDAModel(KDAPreTrainedModel):
         output_hidden_states: bool | None = None,  # also the stream before each block
         cu_seqlens: Tensor | None = None,  # borders of packed sequences, [N+1]
         **kwargs,  # what transformers hands around and this model has no use for
-    ) -> BaseModelOutputWithPast:  # last_hidden_state [B, T, d], past_key_values, hidden_states
-        "Equation 1 without the head. ValueError unless exactly one of the two inputs is given."
+    ) -> BaseModelOutputWithPast:  # last_hidden_state [B, T, d], cache, hidden_states
+        """Equation 1 without the head.
+        ValueError unless exactly one of the two inputs is given."""
         given = (input_ids is not None) + (inputs_embeds is not None)
-        require(given == 1, "input_ids", "given, or inputs_embeds, not both", f"{given} of them")
+        one = "given, or inputs_embeds, not both"
+        require(given == 1, "input_ids", one, f"{given} of them")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None: use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None: past_key_values = KDACache()
-        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep = output_hidden_states
+        if keep is None: keep = self.config.output_hidden_states
         options = dict(attention_mask=attention_mask, past_key_values=past_key_values,
                        use_cache=use_cache, cu_seqlens=cu_seqlens)
         seen = []
@@ -199,10 +203,10 @@ class KDAForCausalLM(KDAPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,  # logits of the last tokens only; 0: of all
         cu_seqlens: Tensor | None = None,  # borders of packed sequences, [N+1]
         **kwargs,  # for the loss: num_items_in_batch
-    ) -> CausalLMOutputWithPast:  # loss, logits [B, T, vocabulary], past_key_values, hidden_states
+    ) -> CausalLMOutputWithPast:  # loss, logits [B, T, vocabulary], cache, hidden_states
         "Logits, and the loss if there are labels. Errors as in `KDAModel`."
-        out = self.model(input_ids, attention_mask, inputs_embeds, past_key_values, use_cache,
-                         output_hidden_states, cu_seqlens, return_dict=True)
+        out = self.model(input_ids, attention_mask, inputs_embeds, past_key_values,
+                         use_cache, output_hidden_states, cu_seqlens, return_dict=True)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
         loss = None if labels is None else self.loss_function(
             logits, labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -133,7 +133,7 @@ class ShortConvolution(nn.Module):
         return y.to(x.dtype), cache if output_final_state else None
 
     def step(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-        "One token for each sequence: x [N, 1, D], cache [N, D, W] → y [N, 1, D], new cache."
+        "One token a sequence: x [N, 1, D], cache [N, D, W] → y [N, 1, D], new cache."
         return self(x, cache=cache, output_final_state=True)
 
 # %% ../nbs/45_modules.ipynb #c044
@@ -167,7 +167,8 @@ def rms_norm_gated(
     residual_in_fp32: bool = False,  # return that sum in float32, whatever x's dtype
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:  # y [..., D]; with prenorm (y, x + residual)
-    """Equation 2, computed in float32 (float64 if x is). y has x's dtype, the sum residual's.
+    """Equation 2, computed in float32 (float64 if x is).
+    y has the dtype of x, the sum that of residual.
     ValueError for a wrong shape or activation, TypeError for a wrong dtype.
     Source: Eq. 10; fla/modules/fused_norm_gate.py rms_norm_gated"""
     _check_norm(x, g, weight, bias, residual, activation)

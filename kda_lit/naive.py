@@ -39,7 +39,8 @@ def naive_recurrent_kda(
     initial_state: Tensor | None = None,  # [B, HV, K, V]
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # o [B, T, HV, V] in v's dtype, S [B, HV, K, V] or None
-    """KDA token by token, by autograd's means. Computed in float32, or float64 if any input is.
+    """KDA token by token; differentiated by autograd.
+    Computed in float32, or in float64 if any input is.
     Raises ValueError for a wrong shape, TypeError for a wrong dtype.
     Source: Eq. 1; fla/ops/kda/naive.py naive_recurrent_kda"""
     n = check_inputs(q, k, v, g, beta, initial_state)

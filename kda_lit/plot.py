@@ -42,8 +42,9 @@ def heat(
                              figsize=(sum(wide) * height + 0.6 * len(mats), height + 0.6))
     for ax, (name, m) in zip(axes[0], mats.items()):
         top = limit or (m.abs().max().item() if m.numel() else 0) or 1.0
-        colors = dict(cmap=DECAY, vmin=0, vmax=1) if decay else dict(cmap=SIGNED, vmin=-top, vmax=top)
-        image = ax.imshow(m, aspect="auto", interpolation="nearest", **colors)
+        cmap, low, high = (DECAY, 0, 1) if decay else (SIGNED, -top, top)
+        image = ax.imshow(m, cmap, vmin=low, vmax=high, aspect="auto",
+                          interpolation="nearest")
         ax.set(title=name, xlabel=xlabel, ylabel=ylabel if ax is axes[0, 0] else "")
         ax.spines[:].set_visible(False)
         rule(ax, m.shape, lines)

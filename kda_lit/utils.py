@@ -51,7 +51,7 @@ def check_heads(name: str, sizes: dict[str, int]):
 def check_shapes(
     sizes: dict[str, int] | None = None,  # letters already known
     /,
-    **specs: tuple[Tensor | None, str],  # name=(tensor, "B T H K"), or "? B T H K": may be None
+    **specs: tuple[Tensor | None, str],  # name=(tensor, "B T H K"); "? B T H K": or None
 ) -> dict[str, int]:  # every letter and its size
     """Check dtypes, devices and shapes.
     ValueError for a shape or a device, TypeError for a dtype."""
@@ -79,7 +79,8 @@ def check_cu_seqlens(
     "Raise unless `cu_seqlens` starts at 0, never falls and ends at T, with a batch of 1."
     if cu_seqlens is None: return
     kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-    require(kind in (torch.int32, torch.int64), "cu_seqlens", "an int32 or int64 tensor", kind, TypeError)
+    whole = kind in (torch.int32, torch.int64)
+    require(whole, "cu_seqlens", "an int32 or int64 tensor", kind, TypeError)
     shape, values = list(cu_seqlens.shape), cu_seqlens.tolist()
     require(len(shape) == 1 and len(values) > 0, "cu_seqlens", "of shape [N+1]", shape)
     steps = zip(values, values[1:])
@@ -103,7 +104,8 @@ def check_inputs(
                          g=(g, "B T HV K"), beta=(beta, "B T HV"))
     check_cu_seqlens(cu_seqlens, sizes["B"], sizes["T"])
     sizes["N"] = sizes["B"] if cu_seqlens is None else len(cu_seqlens) - 1
-    return check_shapes(sizes, v=(v, "B T HV V"), initial_state=(initial_state, "? N HV K V"))
+    return check_shapes(sizes, v=(v, "B T HV V"),
+                        initial_state=(initial_state, "? N HV K V"))
 
 # %% ../nbs/00_utils.ipynb #c021
 def share_heads(
@@ -215,8 +217,8 @@ def get_unpad_data(
     """Positions of the real tokens, borders of their sequences, longest sequence.
     ValueError for a mask that is not [B, T] or holds other values than 0 and 1.
     Source: fla/layers/utils.py get_unpad_data"""
-    kind = type(attention_mask)
-    require(issubclass(kind, Tensor), "attention_mask", "a tensor", kind.__name__, TypeError)
+    is_tensor, kind = isinstance(attention_mask, Tensor), type(attention_mask).__name__
+    require(is_tensor, "attention_mask", "a tensor", kind, TypeError)
     shape = list(attention_mask.shape)
     require(len(shape) == 2, "attention_mask", "of shape [B, T]", shape)
     values = attention_mask.unique().tolist()
@@ -266,7 +268,8 @@ def unpad_input(
     Source: fla/layers/utils.py unpad_input"""
     require(q.shape[1] == q_len, "q", f"of q_len = {q_len} tokens", q.shape[1])
     B, T = attention_mask.shape
-    for s in states: require(s.shape[:2] == (B, T), "states", f"[{B}, {T}, …]", list(s.shape))
+    for s in states:
+        require(s.shape[:2] == (B, T), "states", f"[{B}, {T}, …]", list(s.shape))
     def unpad(x, at):
         rows = index_first_axis(x.flatten(0, 1), at)
         return rows.unsqueeze(0) if keepdim else rows
@@ -293,7 +296,8 @@ def prepare_position_ids(cu_seqlens: Tensor) -> Tensor:  # [T]
 def prepare_token_indices(cu_seqlens: Tensor) -> Tensor:  # [T, 2]
     """(sequence, position) of each token.
     Source: fla/ops/utils/index.py prepare_token_indices"""
-    return torch.stack([prepare_sequence_ids(cu_seqlens), prepare_position_ids(cu_seqlens)], 1)
+    sequence, position = prepare_sequence_ids(cu_seqlens), prepare_position_ids(cu_seqlens)
+    return torch.stack([sequence, position], 1)
 
 # %% ../nbs/00_utils.ipynb #c054
 def prepare_chunk_offsets(
@@ -381,7 +385,8 @@ def pack_sequence(
     padding_side: str = "left",  # where the padding is
 ) -> Tensor:  # [1, T, …]
     "Drop the padding; differentiable. Source: fla/ops/utils/pack.py pack_sequence"
-    return x.flatten(0, 1)[_padded_rows(cu_seqlens, x.shape[1], padding_side, "x")].unsqueeze(0)
+    rows = _padded_rows(cu_seqlens, x.shape[1], padding_side, "x")
+    return x.flatten(0, 1)[rows].unsqueeze(0)
 
 
 def unpack_sequence(

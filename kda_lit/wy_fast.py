@@ -63,7 +63,8 @@ def wy_vectors_bwd(
     dw: Tensor,  # gradient of w, [..., C, K]
     du: Tensor,  # gradient of u, [..., C, V]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # of ke, v, beta, and of L [..., C, C]
-    "Gradient of the WY vectors and of the solve behind them, equation 5. Source: Eq. 6-7, differentiated"
+    """Gradient of the WY vectors and of the solve behind them, equation 5.
+    Source: Eq. 6-7, differentiated"""
     b, dkb, dvb = beta[..., None], A.mT @ dw, A.mT @ du
     dA = dw @ (b * ke).mT + du @ (b * v).mT
     dbeta = (dkb * ke).sum(-1) + (dvb * v).sum(-1)
@@ -81,17 +82,18 @@ def prepare_wy_repr_bwd(
     du: Tensor,  # gradient of u, [B, T, HV, V]
     cu_seqlens: Tensor | None = None,  # [N+1]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # dk, dv, db, dg, dA
-    """Gradients through w and u: dk [B, T, HV, K], dv, db, dg (of G), and dA [B, T, HV, C], that of
-    L before the inverse. Raises ValueError for a wrong shape.
+    """Gradients through w and u: dk [B, T, HV, K], dv, db, dg (of G), and
+    dA [B, T, HV, C], that of L before the inverse. Raises ValueError for a wrong shape.
     Source: Eq. 6-7, differentiated; fla/ops/kda/wy_fast.py prepare_wy_repr_bwd"""
-    n = check_shapes(k=(k, "B T H K"), v=(v, "B T HV V"), beta=(beta, "B T HV"), gk=(gk, "B T HV K"),
-                     A=(A, "B T HV C"), dw=(dw, "B T HV K"), du=(du, "B T HV V"))
+    n = check_shapes(k=(k, "B T H K"), v=(v, "B T HV V"), beta=(beta, "B T HV"),
+                     gk=(gk, "B T HV K"), A=(A, "B T HV C"),
+                     dw=(dw, "B T HV K"), du=(du, "B T HV V"))
     check_cu_seqlens(cu_seqlens, n["B"], n["T"])
     dtype = compute_dtype(k, v, beta, gk, A, dw, du)
-    k, v, beta, G, A, dw, du = (to_chunks(share_heads(x.to(dtype), n["HV"]), cu_seqlens, n["C"])
-                                for x in (k, v, beta, gk, A, dw, du))
+    cut = lambda x: to_chunks(share_heads(x.to(dtype), n["HV"]), cu_seqlens, n["C"])
+    k, v, beta, G, A, dw, du = map(cut, (k, v, beta, gk, A, dw, du))
     faded = G.exp()
     dke, dv, dbeta, dL = wy_vectors_bwd(k * faded, v, beta, A, dw, du)
     dk = dke * faded
-    grads = dk, dv, dbeta, dk * k, dL                       # e^G brings itself down: dG = k dk
+    grads = dk, dv, dbeta, dk * k, dL               # e^G brings itself down: dG = k dk
     return tuple(from_chunks(x, cu_seqlens, n["B"], n["T"]) for x in grads)

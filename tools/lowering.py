@@ -4,7 +4,7 @@ The notebooks are taken as they stand, with their stored outputs. Nothing is exe
 """
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from api_cards import cards
@@ -141,6 +141,12 @@ def code_cell(cell, flags):
                 execution_count=None)
 
 
+def displayed_prose(cell, book):
+    "Markdown that a code cell displays is prose like any other: its names and pages are linked."
+    shown = ("".join(out["data"]["text/markdown"]) for out in cell.outputs if "text/markdown" in out.get("data", {}))
+    return [text_cell(markdown(text, book)) for text in shown]
+
+
 def lower(page, book, toctrees=""):
     "The notebook that Sphinx reads."
     lead = f"\n\n{{.lead}}\n{markdown(page.question, book)}" if page.question else ""
@@ -148,7 +154,9 @@ def lower(page, book, toctrees=""):
     for i, cell in enumerate(page.cells):
         cells += [text_cell(card) for card in reference.get(i, {}).values() if card]
         if cell.hidden or not cell.source: continue
-        cells.append(code_cell(cell, book.flags) if cell.kind == "code" else text_cell(markdown(cell.source, book)))
+        if cell.kind != "code": cells.append(text_cell(markdown(cell.source, book)))
+        elif prose := displayed_prose(cell, book): cells += ([] if cell.off("echo") else [code_cell(replace(cell, outputs=[]), book.flags)]) + prose
+        else: cells.append(code_cell(cell, book.flags))
     if toctrees: cells.append(text_cell(toctrees))
     for i, cell in enumerate(cells): cell["id"] = f"c{i}"
     return dict(cells=cells, metadata={"language_info": {"name": "python", "pygments_lexer": "ipython3"}},
