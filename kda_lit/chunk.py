@@ -271,9 +271,10 @@ class Trace(dict):
         head: int = 0,
         row: int = 0,  # of the batch
     ):
-        "Heat maps of some of the tensors, tokens downwards."
+        "Heat maps of some of the tensors, three abreast, tokens downwards."
         from kda_lit.plot import heat
-        heat({name: self[name][row, tokens, head] for name in names.split()}, "column", "token")
+        panels = [(name, self[name][row, tokens, head]) for name in names.split()]
+        for i in range(0, len(panels), 3): heat(dict(panels[i:i + 3]), "column", "token")
 
 # %% ../nbs/30_chunk.ipynb #c060
 def trace_kda(

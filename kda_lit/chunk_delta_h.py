@@ -127,7 +127,7 @@ def chunk_gated_delta_rule_fwd_h(
     v_new, S = v_new if save_new_value else None, S if output_final_state else None
     return by_rows(h, n["B"]), v_new, S
 
-# %% ../nbs/20_chunk_delta_h.ipynb #c038
+# %% ../nbs/20_chunk_delta_h.ipynb #c039
 def carry_state_bwd(
     qg: Tensor,  # queries, scaled and faded since the chunk's start, [..., C, K]
     kg: Tensor,  # keys faded to the chunk's end, [..., C, K]
@@ -141,7 +141,7 @@ def carry_state_bwd(
     dv = dv + kg @ dS
     return dv, decay[..., None] * dS + qg.mT @ do - w.mT @ dv
 
-# %% ../nbs/20_chunk_delta_h.ipynb #c039
+# %% ../nbs/20_chunk_delta_h.ipynb #c040
 def chunk_scan_bwd(
     qg: Tensor,  # [NT, H, C, K]
     kg: Tensor,  # [NT, H, C, K]

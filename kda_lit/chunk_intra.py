@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cumsum import since_start
 from .solve_tril import corners, halves, join, unit_lower_inverse
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, from_chunks
 from .utils import operator, require, share_heads, to_chunks

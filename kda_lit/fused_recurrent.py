@@ -106,7 +106,7 @@ def recurrent_bwd(
     if not steps: return [*map(torch.zeros_like, (q, k, v, g, beta)), dS0]
     return [*(in_chunk_order(d, steps[::-1]) for d in zip(*grads)), dS0]
 
-# %% ../nbs/31_fused_recurrent.ipynb #c019
+# %% ../nbs/31_fused_recurrent.ipynb #c020
 class FusedRecurrentKDAFunction(torch.autograd.Function):
     """Forward and backward above as one differentiable step.
     Source: Eq. 1; fla/ops/kda/fused_recurrent.py FusedRecurrentKDAFunction"""
@@ -147,7 +147,7 @@ def flat_tokens(q, k, v, g, beta, scale, normalise, cu_seqlens):
     offsets = first_chunks(cu_seqlens, B, T, 1)
     return [x.to(dtype).flatten(0, 1) for x in (q * scale, k, v, g, beta)], offsets
 
-# %% ../nbs/31_fused_recurrent.ipynb #c020
+# %% ../nbs/31_fused_recurrent.ipynb #c021
 @operator
 def fused_recurrent_kda(
     q: Tensor,  # queries, [B, T, H, K]

@@ -6,7 +6,6 @@
 __all__ = ['per_channel', 'chunk_gated_delta_rule', 'fused_recurrent_gated_delta_rule']
 
 # %% ../nbs/32_gated_delta_rule.ipynb #c003
-import torch
 from torch import Tensor
 
 from .chunk import chunk_kda
@@ -38,8 +37,8 @@ def chunk_gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] or None
     """Gated DeltaNet in chunks; differentiable. Errors as in `chunk_kda`.
     Source: Table 6, GDN; fla/ops/gated_delta_rule/chunk.py chunk_gated_delta_rule"""
-    return chunk_kda(q, k, v, per_channel(q, g), beta, scale, initial_state, output_final_state,
-                     use_qk_l2norm_in_kernel, cu_seqlens)
+    return chunk_kda(q, k, v, per_channel(q, g), beta, scale, initial_state,
+                     output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
 
 
 @operator
@@ -55,7 +54,8 @@ def fused_recurrent_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] or None
-    """Gated DeltaNet token by token, for decoding; differentiable. Errors as in `chunk_kda`.
-    Source: Table 6, GDN; fla/ops/gated_delta_rule/fused_recurrent.py fused_recurrent_gated_delta_rule"""
+    """Gated DeltaNet token by token, for decoding; differentiable.
+    Errors as in `chunk_kda`.
+    Source: Table 6, GDN; fla/ops/gated_delta_rule/fused_recurrent.py"""
     return fused_recurrent_kda(q, k, v, per_channel(q, g), beta, scale, initial_state,
                                output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)

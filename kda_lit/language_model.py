@@ -218,7 +218,7 @@ def train(
         optimizer.step()
         losses.append(loss.item() / math.log(2))
         bar.set_postfix_str(f"{mean(losses[-50:]):.2f} bits per byte")
-    bar.check_close()
+    bar.close()
     return losses
 
 # %% ../nbs/70_language_model.ipynb #c043
@@ -351,7 +351,7 @@ def plot_line(
 def save_figure(path: Path):
     "Write the newest figure to a file and close it."
     plt.savefig(path, dpi=150)
-    plt.check_close()
+    plt.close()
 
 
 def save_run(

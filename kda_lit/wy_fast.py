@@ -13,7 +13,7 @@ from .chunk_intra import per_token
 from .cumsum import since_start, until_end
 from .solve_tril import unit_lower_inverse_bwd
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, from_chunks
-from .utils import operator, require, share_heads, to_chunks
+from .utils import operator, share_heads, to_chunks
 
 # %% ../nbs/11_wy_fast.ipynb #c014
 def wy_vectors(

@@ -17,14 +17,20 @@ import torch
 from kda_lit.language_model import bits_per_byte, gather, main, small_model
 from kda_lit.model import KDAForCausalLM
 
-TEXT = Path(__file__).with_name("test_chunk.py")
 SAVED = {"checkpoint", "results.json", "written.txt", "loss.png", "half_lives.png", "state.png"}
 COMMAND = Path(sys.executable).with_name("kda-lit")
 
 
-def test_a_few_steps(tmp_path, capsys):
+@pytest.fixture
+def text(tmp_path):
+    "3,000 bytes of Python."
+    (tmp_path / "text.py").write_bytes(Path(__file__).with_name("test_chunk.py").read_bytes()[:3000])
+    return tmp_path / "text.py"
+
+
+def test_a_few_steps(text, tmp_path, capsys):
     out = tmp_path / "deep" / "run"
-    assert main(["demo", "--text", str(TEXT), "--steps", "8", "--out", str(out)]) == 0
+    assert main(["demo", "--text", str(text), "--steps", "8", "--out", str(out)]) == 0
     said, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
     scores = results["bits per byte"]
     assert {path.name for path in out.iterdir()} == SAVED
@@ -32,8 +38,8 @@ def test_a_few_steps(tmp_path, capsys):
     assert results["steps"] == 8
     for name, bits in scores.items(): assert f"{name:12}{bits:7.3f} bits per byte" in said
     assert scores["this model"] < 7 and set(scores) == {"this model", "gzip -9", "xz -9"}
-    reading, exam = gather([TEXT])
-    assert reading + exam == TEXT.read_bytes()                     # the exam is held out: its own end of the text
+    reading, exam = gather([text])
+    assert reading + exam == text.read_bytes()                     # the exam is held out: its own end of the text
     learned = KDAForCausalLM.from_pretrained(out / "checkpoint")
     assert bits_per_byte(learned, exam) == pytest.approx(scores["this model"], rel=1e-4)
 
@@ -70,9 +76,9 @@ def test_a_folder_without_text(tmp_path, capsys):
     refused(["demo", "--text", str(tmp_path)], capsys, str(tmp_path), "holds no text")
 
 
-def test_out_is_a_file(tmp_path, capsys):
+def test_out_is_a_file(text, tmp_path, capsys):
     (tmp_path / "taken").write_text("mine")
-    refused(["demo", "--text", str(TEXT), "--out", str(tmp_path / "taken")], capsys, "taken", "exists")
+    refused(["demo", "--text", str(text), "--out", str(tmp_path / "taken")], capsys, "taken", "exists")
     assert (tmp_path / "taken").read_text() == "mine"
 
 
@@ -103,13 +109,14 @@ def read_or_nothing(terminal):
     except OSError: return b""                                     # Linux' way to say that the other side hung up
 
 
-def test_ctrl_c_keeps_what_was_learned(tmp_path):
+def test_ctrl_c_keeps_what_was_learned(text, tmp_path):
     "The installed command, with its progress bar; interrupted after its first steps."
-    command = [COMMAND, "demo", "--text", TEXT, "--steps", "100000", "--out", tmp_path]
+    out = tmp_path / "run"
+    command = [COMMAND, "demo", "--text", text, "--steps", "100000", "--out", out]
     code, seen = on_a_terminal(command, press_at="bits per byte")
     assert code == 0, seen
     assert "training" in seen and "Traceback" not in seen
-    assert {path.name for path in tmp_path.iterdir()} == SAVED
-    assert 1 <= json.loads((tmp_path / "results.json").read_text())["steps"] < 100000
-    learned, fresh = KDAForCausalLM.from_pretrained(tmp_path / "checkpoint"), small_model()
+    assert {path.name for path in out.iterdir()} == SAVED
+    assert 1 <= json.loads((out / "results.json").read_text())["steps"] < 100000
+    learned, fresh = KDAForCausalLM.from_pretrained(out / "checkpoint"), small_model()
     assert not torch.equal(learned.lm_head.weight, fresh.lm_head.weight)

@@ -80,7 +80,7 @@ def one_by_one(layer, x, widths, mask=None):
 
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
 @given(widths=st.lists(st.integers(0, 80), min_size=1, max_size=4))
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_layer_in_pieces(options, widths):
     layer = small_layer(options)
     x = torch.randn(2, sum(widths), 24, dtype=torch.float64)
@@ -92,7 +92,7 @@ def test_layer_in_pieces(options, widths):
 
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
 @given(lens=st.lists(st.integers(0, 80), min_size=1, max_size=3), left=st.booleans(), cut=st.integers(0, 90))
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_layer_padded_rows_equal_rows_without_padding(options, lens, left, cut):
     "Padding comes out as 0, and pieces may end in the middle of it."
     layer, width = small_layer(options), max(lens) + 3
@@ -107,7 +107,7 @@ def test_layer_padded_rows_equal_rows_without_padding(options, lens, left, cut):
 
 
 @given(lens=st.lists(st.integers(0, 80), min_size=1, max_size=4))
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_layer_packed_sequences_equal_rows(lens):
     layer, x = small_layer({}), torch.randn(1, sum(lens), 24, dtype=torch.float64)
     want = torch.cat([layer(part)[0] for part in x.split(lens, 1)], 1)
@@ -127,7 +127,7 @@ def tokens(*shape): return torch.randint(1, 40, shape)
 
 
 @given(widths=st.lists(st.integers(1, 80), min_size=1, max_size=4))
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_model_in_pieces(widths):
     model, ids, cache, logits = small_model(), tokens(2, sum(widths)), None, []
     for part in ids.split(widths, 1):
