@@ -139,7 +139,7 @@ def chunk_kda_fwd(
     f = forward_chunks(*inputs, scale, S, first_chunks(cu_seqlens, B, T, chunk_size))
     return from_chunks(f.o, cu_seqlens, B, T).to(v.dtype), f
 
-# %% ../nbs/30_chunk.ipynb #c019
+# %% ../nbs/30_chunk.ipynb #c020
 @operator
 def chunk_kda_bwd(
     q: Tensor,  # queries, [B, T, H, K]
@@ -170,7 +170,7 @@ def chunk_kda_bwd(
     dq, dk = (x.unflatten(2, (H, -1)).sum(3) for x in (dq, dk))     # heads that were shared
     return *(d.to(x.dtype) for d, x in zip((dq, dk, *others), (q, k, v, g, beta))), dS0
 
-# %% ../nbs/30_chunk.ipynb #c021
+# %% ../nbs/30_chunk.ipynb #c023
 class ChunkKDAFunction(torch.autograd.Function):
     """chunk_kda_fwd and chunk_kda_bwd as one differentiable step.
     Returns o, the final states, and the states on entry to each chunk, which carry no
@@ -211,7 +211,7 @@ def unit_length(q, k, normalise):
     (q, rq), (k, rk) = (l2norm_fwd(x, output_dtype=compute_dtype(x)) for x in (q, k))
     return q, k, rq, rk
 
-# %% ../nbs/30_chunk.ipynb #c023
+# %% ../nbs/30_chunk.ipynb #c025
 @operator
 def chunk_kda(
     q: Tensor,  # queries, [B, T, H, K]
@@ -253,7 +253,7 @@ def chunk_kda(
     S = S if output_final_state else None
     return (o, S, by_rows(h, n["B"])) if return_intermediate_states else (o, S)
 
-# %% ../nbs/30_chunk.ipynb #c059
+# %% ../nbs/30_chunk.ipynb #c061
 class Trace(dict):
     "Intermediate tensors of a forward pass by name; a notebook shows their shapes."
 
@@ -276,7 +276,7 @@ class Trace(dict):
         panels = [(name, self[name][row, tokens, head]) for name in names.split()]
         for i in range(0, len(panels), 3): heat(dict(panels[i:i + 3]), "column", "token")
 
-# %% ../nbs/30_chunk.ipynb #c060
+# %% ../nbs/30_chunk.ipynb #c062
 def trace_kda(
     q: Tensor,  # [B, T, H, K]
     k: Tensor,  # [B, T, H, K]

@@ -13,7 +13,7 @@ from torch import Tensor
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, first_chunks
 from .utils import from_chunks, operator, to_chunks
 
-# %% ../nbs/20_chunk_delta_h.ipynb #c006
+# %% ../nbs/20_chunk_delta_h.ipynb #c007
 def carry_state(
     w: Tensor,  # what tokens take out, [..., C, K]
     u: Tensor,  # what tokens put in, [..., C, V]
@@ -42,7 +42,7 @@ def in_chunk_order(
     "What was computed step by step, in the order of chunks."
     return torch.cat(parts)[torch.cat(steps).argsort()]
 
-# %% ../nbs/20_chunk_delta_h.ipynb #c016
+# %% ../nbs/20_chunk_delta_h.ipynb #c019
 def chunk_scan(
     w: Tensor,  # [NT, H, C, K]
     u: Tensor,  # [NT, H, C, V]
@@ -141,7 +141,7 @@ def carry_state_bwd(
     dv = dv + kg @ dS
     return dv, decay[..., None] * dS + qg.mT @ do - w.mT @ dv
 
-# %% ../nbs/20_chunk_delta_h.ipynb #c040
+# %% ../nbs/20_chunk_delta_h.ipynb #c042
 def chunk_scan_bwd(
     qg: Tensor,  # [NT, H, C, K]
     kg: Tensor,  # [NT, H, C, K]
@@ -167,7 +167,7 @@ def chunk_scan_bwd(
     if not steps: return dS.new_zeros(0, *dS.shape[1:]), dv, dS0
     return in_chunk_order(dh, steps[::-1]), in_chunk_order(written, steps[::-1]), dS0
 
-# %% ../nbs/20_chunk_delta_h.ipynb #c048
+# %% ../nbs/20_chunk_delta_h.ipynb #c050
 @operator
 def chunk_gated_delta_rule_bwd_dhu(
     q: Tensor,  # with gk: qg, faded since the chunk's start; with g: plain, [B, T, H, K]

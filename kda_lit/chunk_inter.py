@@ -35,7 +35,7 @@ def inter_chunk_bwd(
     dg = since_start_bwd(q * dq) + until_end_bwd(k * dk) + state[..., None, :]
     return dq, dk, -dv @ h.mT, dg
 
-# %% ../nbs/22_chunk_inter.ipynb #c015
+# %% ../nbs/22_chunk_inter.ipynb #c014
 @operator
 def chunk_kda_bwd_dqkwg(
     q: Tensor,  # queries, [B, T, H, K]

@@ -13,7 +13,7 @@ from .chunk_intra import per_token
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, first_chunks
 from .utils import from_chunks, operator, share_heads, to_chunks
 
-# %% ../nbs/21_chunk_o.ipynb #c006
+# %% ../nbs/21_chunk_o.ipynb #c008
 def read_out(
     qg: Tensor,  # queries, scaled and faded since the chunk's start, s q e^G, [..., C, K]
     Aqk: Tensor,  # in-chunk scores, scaled, [..., C, C]
@@ -59,7 +59,7 @@ def chunk_gla_fwd_o_gk(
     o = read_out(qg, cut(A).tril(), cut(v), h.flatten(0, 1).to(dtype))
     return from_chunks(o, cu_seqlens, n["B"], n["T"]).to(v.dtype)
 
-# %% ../nbs/21_chunk_o.ipynb #c027
+# %% ../nbs/21_chunk_o.ipynb #c026
 @operator
 def chunk_gla_bwd_dA(
     v: Tensor,  # what tokens write (v_new), [B, T, H, V]
@@ -77,7 +77,7 @@ def chunk_gla_bwd_dA(
     v, do = (to_chunks(x.to(dtype), cu_seqlens, chunk_size) for x in (v, do))
     return from_chunks((do @ v.mT).tril() * scale, cu_seqlens, n["B"], n["T"])
 
-# %% ../nbs/21_chunk_o.ipynb #c029
+# %% ../nbs/21_chunk_o.ipynb #c028
 def scalar_decay_scores(
     q: Tensor,  # [..., C, K]
     k: Tensor,  # [..., C, K]
@@ -89,7 +89,7 @@ def scalar_decay_scores(
     pairs = g[..., None].expand(*g.shape, C).tril(-1).cumsum(-2)   # sums from j+1 to i
     return (q @ k.mT * pairs.exp()).tril()
 
-# %% ../nbs/21_chunk_o.ipynb #c031
+# %% ../nbs/21_chunk_o.ipynb #c030
 @operator
 def chunk_bwd_dv_local(
     q: Tensor,  # queries, [B, T, H, K]; not read where A is given

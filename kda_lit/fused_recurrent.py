@@ -106,7 +106,7 @@ def recurrent_bwd(
     if not steps: return [*map(torch.zeros_like, (q, k, v, g, beta)), dS0]
     return [*(in_chunk_order(d, steps[::-1]) for d in zip(*grads)), dS0]
 
-# %% ../nbs/31_fused_recurrent.ipynb #c020
+# %% ../nbs/31_fused_recurrent.ipynb #c019
 class FusedRecurrentKDAFunction(torch.autograd.Function):
     """Forward and backward above as one differentiable step.
     Source: Eq. 1; fla/ops/kda/fused_recurrent.py FusedRecurrentKDAFunction"""

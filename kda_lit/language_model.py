@@ -7,7 +7,7 @@ __all__ = ['NOT_LIBRARY', 'EXAM', 'EXAM_PER_FILE', 'stdlib_files', 'read_text', 
            'compressed_bits_per_byte', 'small_model', 'to_ids', 'surprise', 'bits_per_byte', 'batches', 'learning_rate',
            'optimizer_for', 'until_ctrl_c', 'train', 'log_decays', 'mean_half_lives', 'smooth', 'plot_losses',
            'generate_text', 'first_lines', 'plot_half_lives', 'pick_line', 'state_sizes', 'plot_line', 'save_figure',
-           'save_run', 'table', 'demo', 'gather', 'positive', 'main']
+           'save_figures', 'table', 'printable', 'demo', 'gather', 'positive', 'main']
 
 # %% ../nbs/70_language_model.ipynb #c003
 import argparse
@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers.utils import logging
 
 from .model import KDAConfig, KDAForCausalLM
@@ -354,27 +354,21 @@ def save_figure(path: Path):
     plt.close()
 
 
-def save_run(
+def save_figures(
     out: Path,  # an existing folder
-    model: KDAForCausalLM,
-    results: dict,  # what goes into results.json
-    written: bytes,
-    losses: list[float],
-    before: Tensor,  # half-lives
+    model: KDAForCausalLM,  # after training
     exam: bytes,
+    losses: list[float],
+    scores: dict[str, float],  # bits per byte by name
+    before: Tensor,  # half-lives, [L, H, K]
 ):
-    "Checkpoint, numbers, text and the three figures of a run."
-    logging.disable_progress_bar()
-    model.save_pretrained(out / "checkpoint")
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "written.txt").write_bytes(written)
-    plot_losses(losses, results["bits per byte"])
+    "loss.png, half_lives.png and state.png."
+    plot_losses(losses, scores)
     save_figure(out / "loss.png")
     plot_half_lives(before, mean_half_lives(model, exam[:4096]))
     save_figure(out / "half_lives.png")
     past, line = pick_line(exam)
-    bits = surprise(model, past + line)[-len(line):]
-    plot_line(line, bits, state_sizes(model, past, line))
+    plot_line(line, surprise(model, past + line)[-len(line):], state_sizes(model, past, line))
     save_figure(out / "state.png")
 
 # %% ../nbs/70_language_model.ipynb #c074
@@ -383,7 +377,13 @@ def table(scores: dict[str, float]) -> str:
     ranked = sorted(scores.items(), key=lambda item: item[1])
     return "\n".join(f"  {name:12}{bits:7.3f} bits per byte" for name, bits in ranked)
 
-# %% ../nbs/70_language_model.ipynb #c076
+
+def printable(text: bytes) -> str:
+    "A text that cannot upset a terminal."
+    letters = text.decode(errors="replace")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in letters)
+
+# %% ../nbs/70_language_model.ipynb #c077
 def demo(
     reading: bytes,  # to learn from
     exam: bytes,  # held out
@@ -391,7 +391,7 @@ def demo(
     out: Path,  # an existing folder
     seed: int = 0,
 ) -> dict:  # what results.json holds
-    "Train, examine, write and save. Says on stdout what it does."
+    "Train, save, examine, write. Says on stdout what it does."
     say, rule = lambda text: print(text, flush=True), "-" * 72
     model = small_model(seed=seed)
     weights, before = model.num_parameters(), mean_half_lives(model, exam[:4096])
@@ -401,28 +401,33 @@ def demo(
     start = time.perf_counter()
     with until_ctrl_c() as stopped: losses = train(model, reading, steps, seed, stopped)
     seconds = time.perf_counter() - start
+    logging.disable_progress_bar()
+    model.save_pretrained(out / "checkpoint")
     say(f"          {len(losses)} steps in {seconds:.0f} s, {seconds / max(len(losses), 1):.3f} s each")
     scores = {"this model": bits_per_byte(model, exam)} | compressed_bits_per_byte(exam)
     say(f"Exam\n{table(scores)}")
     prompt = first_lines(exam)
     written = generate_text(model, prompt, 500, seed=seed)
-    say(f"Writing   after {len(prompt)} bytes of the exam, {len(written)} bytes of its own\n{rule}\n"
-        f"{prompt.decode(errors='replace')}{rule}\n{written.decode(errors='replace')}\n{rule}")
+    say(f"Writing   after {len(prompt)} bytes of the exam, {len(written)} bytes of its own\n"
+        f"{rule}\n{printable(prompt)}{rule}\n{printable(written)}\n{rule}")
     results = {"weights": weights, "steps": len(losses), "seed": seed,
                "seconds of training": round(seconds, 1), "bits per byte": scores}
-    save_run(out, model, results, prompt + written, losses, before, exam)
-    say(f"Saved     {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "written.txt").write_bytes(prompt + written)
+    save_figures(out, model, exam, losses, scores, before)
+    say(f"Saved     in {out}: checkpoint, loss.png, half_lives.png, state.png, results.json, written.txt")
     return results
 
-# %% ../nbs/70_language_model.ipynb #c080
+# %% ../nbs/70_language_model.ipynb #c079
 def gather(
     paths: list[Path] | None,  # None: the standard library
 ) -> tuple[bytes, bytes]:  # to learn from, to be examined on
     "Text for `demo`. OSError for a bad path, ValueError for what is no text, or too little."
-    reading, exam = split_held_out(readable(stdlib_files()) if paths is None else read_texts(paths))
+    texts = readable(stdlib_files()) if paths is None else read_texts(paths)
+    reading, exam = split_held_out(texts) if texts else (b"", b"")
     if len(reading) < 2048 or len(exam) < 128:
         raise ValueError(f"too little text: {len(reading)} bytes to learn from and {len(exam)} as exam; "
-                         "2048 and 128 are needed")
+                         "it takes 2048 and 128")
     return reading, exam
 
 
@@ -431,7 +436,7 @@ def positive(text: str) -> int:
     if int(text) < 1: raise ValueError(text)
     return int(text)
 
-# %% ../nbs/70_language_model.ipynb #c081
+# %% ../nbs/70_language_model.ipynb #c080
 def main(
     args: list[str] | None = None,  # None: those of the process
 ) -> int:
@@ -441,9 +446,10 @@ def main(
         "demo", help="train a small byte-level language model on text, here and now")
     command.add_argument("--text", nargs="+", type=Path, metavar="PATH",
                          help="files and folders; default: the source of Python's standard library")
-    command.add_argument("--steps", type=positive, default=1500, help="training steps (%(default)s)")
-    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="where to save (%(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of weights, windows, writing (%(default)s)")
+    command.add_argument("--steps", type=positive, default=1500, help="of training (default: %(default)s)")
+    command.add_argument("--out", type=Path, default=Path("runs/demo"),
+                         help="folder to save in (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
     options = parser.parse_args(args)
     try:
         reading, exam = gather(options.text)

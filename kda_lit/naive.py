@@ -57,7 +57,7 @@ def naive_recurrent_kda(
     o = torch.stack(outputs, 1) if outputs else torch.zeros_like(v)
     return o.to(v.dtype), S if output_final_state else None
 
-# %% ../nbs/05_naive.ipynb #c029
+# %% ../nbs/05_naive.ipynb #c028
 def pair_decays(
     G: Tensor,  # cumulative log-decay in one chunk, [..., C, K]
 ) -> Tensor:  # [..., C, C, K]
@@ -67,7 +67,7 @@ def pair_decays(
     difference = G[..., :, None, :] - G[..., None, :, :]
     return difference.masked_fill(later, float("-inf")).exp()
 
-# %% ../nbs/05_naive.ipynb #c030
+# %% ../nbs/05_naive.ipynb #c029
 def naive_chunk(
     q: Tensor,  # scaled queries, [..., C, K]
     k: Tensor,  # [..., C, K]
@@ -87,7 +87,7 @@ def naive_chunk(
     last = G[..., -1:, :]
     return o, last.exp().mT * S + ((last - G).exp() * k).mT @ v_new
 
-# %% ../nbs/05_naive.ipynb #c031
+# %% ../nbs/05_naive.ipynb #c030
 @operator
 def naive_chunk_kda(
     q: Tensor,  # queries, [B, T, H, K]

@@ -80,7 +80,7 @@ def curves(
         y = torch.as_tensor(y).detach().float().cpu()
         ax.plot(range(len(y)) if x is None else x, y, lw=1.6, label=label)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if x is None: whole_ticks(ax.xaxis)
+    if x is None or isinstance(x, range): whole_ticks(ax.xaxis)
     if "x" in log: ax.set_xscale("log")
     if "y" in log: ax.set_yscale("log")
     if len(lines) > 1: ax.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the data

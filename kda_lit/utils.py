@@ -327,7 +327,7 @@ def chunk_rows(
     starts = prepare_chunk_offsets(cu_seqlens, chunk_size)[:-1] * chunk_size
     return starts[prepare_sequence_ids(cu_seqlens)] + prepare_position_ids(cu_seqlens)
 
-# %% ../nbs/00_utils.ipynb #c058
+
 def to_chunks(
     x: Tensor,  # [B, T, H, …]
     cu_seqlens: Tensor | None,  # borders of packed sequences, [N+1]; None: rows of a batch
@@ -343,7 +343,7 @@ def to_chunks(
         x = x.unflatten(0, (NT, chunk_size))
     return x.transpose(1, 2).contiguous()
 
-# %% ../nbs/00_utils.ipynb #c059
+# %% ../nbs/00_utils.ipynb #c058
 def from_chunks(
     x: Tensor,  # [NT, H, C, …]
     cu_seqlens: Tensor | None,  # as in `to_chunks`
@@ -356,7 +356,7 @@ def from_chunks(
         return x.flatten(0, 1)[chunk_rows(cu_seqlens, x.shape[1])].unsqueeze(0)
     return x.reshape(B, -(-T // x.shape[1]) * x.shape[1], *x.shape[2:])[:, :T]
 
-# %% ../nbs/00_utils.ipynb #c061
+# %% ../nbs/00_utils.ipynb #c065
 def first_chunks(
     cu_seqlens: Tensor | None,  # as in `to_chunks`
     B: int,
@@ -367,7 +367,7 @@ def first_chunks(
     if cu_seqlens is not None: return prepare_chunk_offsets(cu_seqlens, chunk_size)
     return torch.arange(B + 1) * -(-T // chunk_size)
 
-# %% ../nbs/00_utils.ipynb #c072
+# %% ../nbs/00_utils.ipynb #c071
 def _padded_rows(cu_seqlens, width, padding_side, name):
     "Row of each token in a flattened [N, width] rectangle."
     sides = ("left", "right")
@@ -378,7 +378,7 @@ def _padded_rows(cu_seqlens, width, padding_side, name):
     shift = (width - lens)[ids] if padding_side == "left" else 0
     return ids * width + prepare_position_ids(cu_seqlens) + shift
 
-# %% ../nbs/00_utils.ipynb #c073
+# %% ../nbs/00_utils.ipynb #c072
 def pack_sequence(
     x: Tensor,  # padded rows, [N, width, …]
     cu_seqlens: Tensor,  # [N+1]
