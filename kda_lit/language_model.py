@@ -6,8 +6,8 @@
 __all__ = ['NOT_LIBRARY', 'EXAM', 'EXAM_PER_FILE', 'stdlib_files', 'read_text', 'readable', 'read_texts', 'split_held_out',
            'compressed_bits_per_byte', 'small_model', 'to_ids', 'surprise', 'bits_per_byte', 'batches', 'learning_rate',
            'optimizer_for', 'until_ctrl_c', 'train', 'log_decays', 'mean_half_lives', 'smooth', 'plot_losses',
-           'generate_text', 'first_lines', 'plot_half_lives', 'pick_line', 'state_sizes', 'plot_line', 'save_figure',
-           'save_figures', 'table', 'printable', 'demo', 'gather', 'positive', 'main']
+           'generate_text', 'first_lines', 'printable', 'plot_half_lives', 'pick_line', 'state_sizes', 'plot_line',
+           'save_figure', 'save_figures', 'table', 'demo', 'gather', 'positive', 'main']
 
 # %% ../nbs/70_language_model.ipynb #c003
 import argparse
@@ -281,7 +281,13 @@ def first_lines(text: bytes, at_least: int = 200) -> bytes:
     "The beginning of a text, up to the end of a line if there is one."
     return text[:text.find(b"\n", at_least) + 1] or text[:at_least]
 
-# %% ../nbs/70_language_model.ipynb #c056
+# %% ../nbs/70_language_model.ipynb #c053
+def printable(text: bytes) -> str:
+    "As text; what is no character, or would steer a terminal, becomes �."
+    shown = lambda c: c if c.isprintable() or c in "\n\t" else "�"
+    return "".join(map(shown, text.decode(errors="replace")))
+
+# %% ../nbs/70_language_model.ipynb #c057
 def plot_half_lives(
     before: Tensor,  # tokens, [L, H, K]
     after: Tensor,  # [L, H, K]
@@ -289,15 +295,15 @@ def plot_half_lives(
     "Histograms of the channels of every layer, before and after training."
     fig, axes = plt.subplots(1, len(after), figsize=(7.4, 2.6), sharey=True, squeeze=False)
     both = torch.stack([before, after]).log10()
-    bins = torch.logspace(both.min().item(), both.max().item(), 31)
+    bins = torch.logspace(both.min().item(), both.max().item(), 31).tolist()
     for layer, ax in enumerate(axes[0]):
-        ax.hist(before[layer].flatten(), bins, color=COLORS[5], alpha=0.45, label="before training")
-        ax.hist(after[layer].flatten(), bins, histtype="step", lw=1.6, label="after")
+        ax.hist(before[layer].flatten().tolist(), bins, color=COLORS[5], alpha=0.45, label="before training")
+        ax.hist(after[layer].flatten().tolist(), bins, histtype="step", lw=1.6, label="after")
         ax.set(xscale="log", xlabel="half-life in tokens", title=f"layer {layer}")
     axes[0, 0].set(ylabel="channels")
     axes[0, 0].legend()
 
-# %% ../nbs/70_language_model.ipynb #c061
+# %% ../nbs/70_language_model.ipynb #c062
 def pick_line(
     text: bytes,
     shortest: int = 40,  # bytes
@@ -327,7 +333,7 @@ def state_sizes(
         sizes.append(states.norm(dim=(-2, -1)))
     return torch.stack(sizes)
 
-# %% ../nbs/70_language_model.ipynb #c063
+# %% ../nbs/70_language_model.ipynb #c064
 def plot_line(
     line: bytes,
     bits: Tensor,  # surprise at each byte, [len(line)]
@@ -335,10 +341,10 @@ def plot_line(
 ):
     "Above, how surprising each byte was; below, the size of each head's state after it."
     fig, (top, low) = plt.subplots(2, 1, figsize=(10, 3.4), sharex=True, height_ratios=[1, 1.3])
-    top.bar(range(len(line)), bits, color=COLORS[1])
+    top.bar(range(len(line)), bits.tolist(), color=COLORS[1])
     top.set(ylabel="surprise in bits", xlim=(-0.5, len(line) - 0.5))
     rows = sizes.flatten(1).T
-    image = low.imshow(rows / rows.amax(1, keepdim=True), cmap=DECAY, vmin=0, vmax=1, aspect="auto",
+    image = low.imshow((rows / rows.amax(1, keepdim=True)).numpy(), cmap=DECAY, vmin=0, vmax=1, aspect="auto",
                        interpolation="nearest")
     low.set_yticks(range(len(rows)), [f"layer {i // sizes.shape[2]}, head {i % sizes.shape[2]}"
                                       for i in range(len(rows))])
@@ -347,7 +353,7 @@ def plot_line(
     low.tick_params(length=0)
     fig.colorbar(image, ax=low, pad=0.01, label="‖S‖ / largest")
 
-# %% ../nbs/70_language_model.ipynb #c073
+# %% ../nbs/70_language_model.ipynb #c074
 def save_figure(path: Path):
     "Write the newest figure to a file and close it."
     plt.savefig(path, dpi=150)
@@ -371,7 +377,7 @@ def save_figures(
     plot_line(line, surprise(model, past + line)[-len(line):], state_sizes(model, past, line))
     save_figure(out / "state.png")
 
-# %% ../nbs/70_language_model.ipynb #c074
+# %% ../nbs/70_language_model.ipynb #c075
 def table(scores: dict[str, float]) -> str:
     "Bits per byte by name, best first, as lines of text."
     ranked = sorted(scores.items(), key=lambda item: item[1])
@@ -383,7 +389,7 @@ def printable(text: bytes) -> str:
     letters = text.decode(errors="replace")
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in letters)
 
-# %% ../nbs/70_language_model.ipynb #c077
+# %% ../nbs/70_language_model.ipynb #c078
 def demo(
     reading: bytes,  # to learn from
     exam: bytes,  # held out
@@ -395,7 +401,7 @@ def demo(
     say, rule = lambda text: print(text, flush=True), "-" * 72
     model = small_model(seed=seed)
     weights, before = model.num_parameters(), mean_half_lives(model, exam[:4096])
-    say(f"Text      {len(reading):,} bytes to learn from, {len(exam):,} bytes of other files as exam\n"
+    say(f"Text      {len(reading):,} bytes to learn from, {len(exam):,} held-out bytes as exam\n"
         f"Model     {weights:,} weights\n"
         f"Training  {steps} steps of 1,024 bytes; Ctrl-C ends it early and keeps what was learned")
     start = time.perf_counter()
@@ -418,7 +424,7 @@ def demo(
     say(f"Saved     in {out}: checkpoint, loss.png, half_lives.png, state.png, results.json, written.txt")
     return results
 
-# %% ../nbs/70_language_model.ipynb #c079
+# %% ../nbs/70_language_model.ipynb #c080
 def gather(
     paths: list[Path] | None,  # None: the standard library
 ) -> tuple[bytes, bytes]:  # to learn from, to be examined on
@@ -436,7 +442,7 @@ def positive(text: str) -> int:
     if int(text) < 1: raise ValueError(text)
     return int(text)
 
-# %% ../nbs/70_language_model.ipynb #c080
+# %% ../nbs/70_language_model.ipynb #c081
 def main(
     args: list[str] | None = None,  # None: those of the process
 ) -> int:
