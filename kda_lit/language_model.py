@@ -383,12 +383,6 @@ def table(scores: dict[str, float]) -> str:
     ranked = sorted(scores.items(), key=lambda item: item[1])
     return "\n".join(f"  {name:12}{bits:7.3f} bits per byte" for name, bits in ranked)
 
-
-def printable(text: bytes) -> str:
-    "A text that cannot upset a terminal."
-    letters = text.decode(errors="replace")
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in letters)
-
 # %% ../nbs/70_language_model.ipynb #c078
 def demo(
     reading: bytes,  # to learn from
