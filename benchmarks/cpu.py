@@ -5,7 +5,7 @@
 Beside it stand the reference library's two plain PyTorch versions, if that library can be
 imported. It wants a place of its own, so that it never meets this project's environment:
 
-    pip install --no-deps --target build/reference fla-core==0.6.0 triton
+    pip install --no-deps --target build/reference fla-core==0.6.0 triton einops
     PYTHONPATH=build/reference python benchmarks/cpu.py
 
 Without it, this project's own plain versions (05_naive) stand in, and the table says so.
@@ -32,13 +32,11 @@ ROWS = {  # name in the table → (module, function, with gradients)
     "naive recurrence": ("naive", "naive_recurrent_kda", False),
     "chunk_kda, forward + backward": ("kda_lit.chunk", "chunk_kda", True),
     "autograd through the same chunks": (__name__, "chunks_by_autograd", True),
-    "autograd through the recurrence": ("naive", "naive_recurrent_kda", True),
 }
 GOALS = {  # times slower than chunk_kda for the same task, at least
     "naive chunks": 3.0, "naive recurrence": 1.5,
-    "autograd through the same chunks": 1.0, "autograd through the recurrence": 3.0,
+    "autograd through the same chunks": 1.0,
 }
-ONCE = {"autograd through the recurrence"}  # so slow that one run, not warmed up, must do
 GOAL_MEMORY = 1024  # MiB, of chunk_kda's forward pass
 GOAL_SAVED = 2.0  # times the memory of forward + backward that autograd takes through the same chunks
 
@@ -99,12 +97,12 @@ def measure(row, sizes, threads, repeats):
             if gradients: torch.autograd.grad(o.sum(), inputs)
 
     before, times = peak(), []
-    for _ in range(1 if row in ONCE else repeats + 1):
+    for _ in range(repeats + 1):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
         result.setdefault("MiB", peak() - before)
-    return result | {"ms": 1e3 * statistics.median(times[1:] or times)}  # the first run warms up
+    return result | {"ms": 1e3 * statistics.median(times[1:])}  # the first run warms up
 
 
 def in_child(row, args):
