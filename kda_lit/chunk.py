@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Prepared', 'prepare_chunks', 'Forward', 'forward_chunks', 'backward_chunks', 'cut_inputs', 'states_or_zeros',
-           'chunk_kda_fwd', 'chunk_kda_bwd', 'ChunkKDAFunction', 'unit_length', 'chunk_kda', 'Trace', 'trace_kda']
+           'chunk_kda_fwd', 'chunk_kda_bwd', 'take_turns', 'ChunkKDAFunction', 'of_heads', 'unit_length', 'chunk_kda',
+           'Trace', 'trace_kda']
 
 # %% ../nbs/30_chunk.ipynb #c003
 from typing import NamedTuple
@@ -27,10 +28,11 @@ from .wy_fast import wy_vectors, wy_vectors_bwd
 # %% ../nbs/30_chunk.ipynb #c006
 class Prepared(NamedTuple):
     "What a chunk brings to the walk; all [NT, H, C, ·]."
+    since: Tensor  # e^G, what is left since the chunk's start
+    until: Tensor  # e^(G_C − G), what will be left at its end
     qg: Tensor  # queries, scaled and faded since the chunk's start
     ke: Tensor  # keys faded since the chunk's start
     kg: Tensor  # keys faded to the chunk's end
-    decay: Tensor  # what is left of the state after the chunk, [NT, H, K]
     w: Tensor  # what tokens take out of the state
     u: Tensor  # what tokens put in
 
@@ -45,9 +47,9 @@ def prepare_chunks(
     Akk: Tensor,  # [NT, H, C, C]
 ) -> Prepared:
     "Everything that chunks compute on their own, once Akk is known. Source: Eq. 7-9"
-    since = since_start(g).exp()
+    since, until = since_start(g).exp(), until_end(g).exp()
     ke = k * since
-    return Prepared(scale * q * since, ke, k * until_end(g).exp(), since[..., -1, :],
+    return Prepared(since, until, scale * q * since, ke, k * until,
                     *wy_vectors(ke, v, beta, Akk))
 
 # %% ../nbs/30_chunk.ipynb #c007
@@ -75,7 +77,7 @@ def forward_chunks(
     "Equation 1. Source: Eq. 6-9"
     Aqk, Akk = intra_chunk(q, k, g, beta, scale)
     p = prepare_chunks(q, k, v, g, beta, scale, Akk)
-    h, v_new, S = chunk_scan(p.w, p.u, p.kg, p.decay, S, offsets)
+    h, v_new, S = chunk_scan(p.w, p.u, p.kg, p.since[..., -1, :], S, offsets)
     return Forward(read_out(p.qg, Aqk, v_new, h), S, Aqk, Akk, h, v_new, p)
 
 # %% ../nbs/30_chunk.ipynb #c010
@@ -95,11 +97,11 @@ def backward_chunks(
     offsets: Tensor,  # first chunk of each sequence, [N+1]
 ) -> tuple[Tensor, ...]:  # dq, dk, dv, dg, dbeta, dS0
     "The gradient of equation 1. Source: Eq. 6-9, differentiated"
-    v_new = p.u - p.w @ h
-    dh, du, dS0 = chunk_scan_bwd(p.qg, p.kg, p.w, p.decay, do, Aqk.mT @ do, dS, offsets)
-    dq, dk, dw, dg = inter_chunk_bwd(q, k, v_new, h, g, do, dh, du, scale)
+    v_new, decay = p.u - p.w @ h, p.since[..., -1, :]
+    dh, du, dS0 = chunk_scan_bwd(p.qg, p.kg, p.w, decay, do, Aqk.mT @ do, dS, offsets)
+    dq, dk, dw, dg = inter_chunk_bwd(q, k, v_new, h, p.since, p.until, do, dh, du, scale)
     dke, dv, dbeta, dL = wy_vectors_bwd(p.ke, v, beta, Akk, dw, du)
-    dk_wy, dg_wy = dke * since_start(g).exp(), since_start_bwd(p.ke * dke)
+    dk_wy, dg_wy = dke * p.since, since_start_bwd(p.ke * dke)
     dq_in, dk_in, dg_in, dbeta_in = intra_chunk_bwd(q, k, g, beta, scale, do @ v_new.mT, dL)
     return (dq + dq_in, dk + dk_wy + dk_in, dv, dg + dg_wy + dg_in, dbeta + dbeta_in, dS0)
 
@@ -170,6 +172,18 @@ def chunk_kda_bwd(
     dq, dk = (x.unflatten(2, (H, -1)).sum(3) for x in (dq, dk))     # heads that were shared
     return *(d.to(x.dtype) for d, x in zip((dq, dk, *others), (q, k, v, g, beta))), dS0
 
+# %% ../nbs/30_chunk.ipynb #take-turns
+def take_turns(
+    q: Tensor,  # [B, T, H, K]
+    v: Tensor,  # [B, T, HV, V]
+    most: int = 2 ** 19,  # numbers of a tensor, in use at once
+) -> list[tuple[slice, slice]]:  # query heads and their value heads
+    "Which heads to compute together: on a processor a few at a time, else all."
+    (B, T, H, K), group = q.shape, v.shape[2] // q.shape[2]
+    few = max(1, most // max(1, B * T * K * group)) if q.device.type == "cpu" else H
+    return [(slice(h, h + few), slice(h * group, (h + few) * group))
+            for h in range(0, H, few)]
+
 # %% ../nbs/30_chunk.ipynb #c023
 class ChunkKDAFunction(torch.autograd.Function):
     """chunk_kda_fwd and chunk_kda_bwd as one differentiable step.
@@ -181,28 +195,43 @@ class ChunkKDAFunction(torch.autograd.Function):
     def forward(ctx, q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel,
                 cu_seqlens, chunk_size, disable_recompute):
         ctx.options = scale, chunk_size, use_qk_l2norm_in_kernel
-        unit_q, unit_k = unit_length(q, k, use_qk_l2norm_in_kernel)[:2]
-        o, f = chunk_kda_fwd(unit_q, unit_k, v, g, beta, scale, initial_state,
-                             cu_seqlens, chunk_size)
-        kept = f.prepared if disable_recompute else ()
-        ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens,
-                              f.Aqk, f.Akk, f.h, *kept)
-        ctx.mark_non_differentiable(f.h)
-        return o, f.S, f.h
+        outputs, kept = [], []
+        for turn in take_turns(q, v):
+            q_, k_, *others = of_heads(turn, q, k, v, g, beta)
+            q_, k_, *_ = unit_length(q_, k_, use_qk_l2norm_in_kernel)
+            S0 = None if initial_state is None else initial_state[:, turn[1]]
+            o, f = chunk_kda_fwd(q_, k_, *others, scale, S0, cu_seqlens, chunk_size)
+            outputs.append(o)
+            kept.append((f.S, f.h, f.Aqk, f.Akk, *(f.prepared if disable_recompute else ())))
+        S, h, *kept = (torch.cat(x, 1) for x in zip(*kept))
+        ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, h, *kept)
+        ctx.mark_non_differentiable(h)
+        return torch.cat(outputs, 2), S, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dht, _):
-        q, k, v, g, beta, S0, cu_seqlens, Aqk, Akk, h, *kept = ctx.saved_tensors
+        q, k, v, g, beta, S0, cu_seqlens, *kept = ctx.saved_tensors
         scale, chunk_size, normalise = ctx.options
-        unit_q, unit_k, rq, rk = unit_length(q, k, normalise)
-        prepared = Prepared(*kept) if kept else None
-        dq, dk, dv, dg, dbeta, dS0 = chunk_kda_bwd(
-            unit_q, unit_k, v, g, beta, scale, Aqk, Akk, h, do, dht, cu_seqlens, chunk_size,
-            prepared)
-        if normalise: dq, dk = l2norm_bwd(unit_q, rq, dq), l2norm_bwd(unit_k, rk, dk)
-        dS0 = None if S0 is None else dS0.to(S0.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv, dg, dbeta, None, dS0, *[None] * 4
+        grads = [torch.empty_like(x) for x in (q, k, v, g, beta)]
+        dS0 = None if S0 is None else torch.empty_like(S0)
+        for turn in take_turns(q, v):
+            q_, k_, *others = of_heads(turn, q, k, v, g, beta)
+            q_, k_, rq, rk = unit_length(q_, k_, normalise)
+            h, Aqk, Akk, *prepared = (x[:, turn[1]] for x in kept)
+            *parts, dS = chunk_kda_bwd(
+                q_, k_, *others, scale, Aqk, Akk, h, do[:, :, turn[1]], dht[:, turn[1]],
+                cu_seqlens, chunk_size, Prepared(*prepared) if prepared else None)
+            if normalise: parts[:2] = l2norm_bwd(q_, rq, parts[0]), l2norm_bwd(k_, rk, parts[1])
+            for x, part in zip(of_heads(turn, *grads), parts): x.copy_(part)
+            if S0 is not None: dS0[:, turn[1]] = dS
+        return *grads, None, dS0, *[None] * 4
+
+
+def of_heads(turn, q, k, v, g, beta):
+    "The part of all inputs, or of their gradients, that belongs to some heads; views."
+    heads, shared = turn
+    return [*(x[:, :, heads] for x in (q, k)), *(x[:, :, shared] for x in (v, g, beta))]
 
 
 def unit_length(q, k, normalise):

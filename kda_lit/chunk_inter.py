@@ -21,16 +21,16 @@ def inter_chunk_bwd(
     k: Tensor,  # keys, [..., C, K]
     v_new: Tensor,  # what tokens write, [..., C, V]
     h: Tensor,  # state on entry, [..., K, V]
-    g: Tensor,  # log-decays, [..., C, K]
+    since: Tensor,  # e^G, what is left since the chunk's start, [..., C, K]
+    until: Tensor,  # e^(G_C − G), what will be left at its end, [..., C, K]
     do: Tensor,  # gradient of the outputs, [..., C, V]
     dh: Tensor,  # gradient of the state on exit, [..., K, V]
     dv: Tensor,  # gradient of v_new, [..., C, V]
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dq, dk, dw, dg, all [..., C, K]
     "Gradients across the border, equations 1 and 2. Source: Eq. 8-9, differentiated"
-    since = since_start(g).exp()
     dq = scale * since * (do @ h.mT)
-    dk = until_end(g).exp() * (v_new @ dh.mT)
+    dk = until * (v_new @ dh.mT)
     state = since[..., -1, :] * (h * dh).sum(-1)
     dg = since_start_bwd(q * dq) + until_end_bwd(k * dk) + state[..., None, :]
     return dq, dk, -dv @ h.mT, dg
@@ -63,9 +63,10 @@ def chunk_kda_bwd_dqkwg(
     dtype = compute_dtype(q, k, v, h, g, do, dh, dv)
     cut = lambda x: to_chunks(share_heads(x.to(dtype), n["HV"]), cu_seqlens, chunk_size)
     if scale is None: scale = n["K"] ** -0.5
+    decays, (h, dh) = per_token(cut(g)).clamp(max=0), (x.flatten(0, 1).to(dtype) for x in (h, dh))
+    since, until = since_start(decays).exp(), until_end(decays).exp()
     dq, dk, dw, dg = inter_chunk_bwd(
-        cut(q), cut(k), cut(v), h.flatten(0, 1).to(dtype), per_token(cut(g)).clamp(max=0),
-        cut(do), dh.flatten(0, 1).to(dtype), cut(dv), scale)
+        cut(q), cut(k), cut(v), h, since, until, cut(do), dh, cut(dv), scale)
     real = cut(torch.ones_like(g[..., :1]))                          # 0 in the padding
     grads = dq, dk, dw, per_token_bwd(dg * real)
     return tuple(from_chunks(x, cu_seqlens, n["B"], n["T"]) for x in grads)
