@@ -4,12 +4,13 @@ BIN := .venv/bin
 INSTALL := $(PYTHON) tools/install.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs export lab install
+.PHONY: help demo test test-gpu docs export lab install
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo     train a small KDA language model on the source of the Python standard library'
 	@echo 'make test     check everything: exports, notebooks, tests, site'
+	@echo 'make test-gpu tests and notebooks on a machine with an NVIDIA GPU, with whatever Python and packages it has'
 	@echo 'make docs     export the notebooks, then write docs/ and README.md'
 	@echo 'make export   write kda_lit/ from the notebooks, and clean them'
 	@echo 'make lab      open the notebooks in JupyterLab'
@@ -33,6 +34,12 @@ test:
 	@$(BIN)/python -m pytest
 	@echo '[5/5] The site builds'
 	@$(BIN)/python tools/build_docs.py --check
+
+test-gpu:
+	@echo '[1/2] Tests, on both backends'
+	@PYTHONPATH=. $(PYTHON) -m pytest tests
+	@echo '[2/2] Notebooks, with their GPU cells'
+	@PYTHONPATH=. $(PYTHON) -c 'from nbdev.test import nbdev_test; nbdev_test(flags="cuda", do_print=True)'
 
 docs: export
 	@echo 'Build the site'

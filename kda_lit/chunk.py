@@ -22,7 +22,7 @@ from .cumsum import since_start, since_start_bwd, until_end
 from .gate import resolve_gates
 from .l2norm import l2norm_bwd, l2norm_fwd
 from .utils import check_inputs, compute_dtype, first_chunks, from_chunks
-from .utils import operator, require, share_heads, to_chunks
+from .utils import require, share_heads, to_chunks
 from .wy_fast import wy_vectors, wy_vectors_bwd
 
 # %% ../nbs/30_chunk.ipynb #c006
@@ -121,7 +121,6 @@ def states_or_zeros(S, cu_seqlens, k, v):
     return v.new_zeros(N, v.shape[2], k.shape[3], v.shape[3], dtype=dtype)
 
 # %% ../nbs/30_chunk.ipynb #c018
-@operator
 def chunk_kda_fwd(
     q: Tensor,  # queries, [B, T, H, K]
     k: Tensor,  # keys, [B, T, H, K]
@@ -142,7 +141,6 @@ def chunk_kda_fwd(
     return from_chunks(f.o, cu_seqlens, B, T).to(v.dtype), f
 
 # %% ../nbs/30_chunk.ipynb #c020
-@operator
 def chunk_kda_bwd(
     q: Tensor,  # queries, [B, T, H, K]
     k: Tensor,  # keys, [B, T, H, K]
@@ -241,7 +239,6 @@ def unit_length(q, k, normalise):
     return q, k, rq, rk
 
 # %% ../nbs/30_chunk.ipynb #c025
-@operator
 def chunk_kda(
     q: Tensor,  # queries, [B, T, H, K]
     k: Tensor,  # keys, [B, T, H, K]

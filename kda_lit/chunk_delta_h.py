@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, first_chunks
-from .utils import from_chunks, operator, to_chunks
+from .utils import from_chunks, to_chunks
 
 # %% ../nbs/20_chunk_delta_h.ipynb #c007
 def carry_state(
@@ -94,7 +94,6 @@ def by_rows(
     return h.unflatten(0, (B, len(h) // max(B, 1)))
 
 # %% ../nbs/20_chunk_delta_h.ipynb #c025
-@operator
 def chunk_gated_delta_rule_fwd_h(
     k: Tensor,  # with gk: kg, faded to the chunk's end; with g: plain, [B, T, H, K]
     w: Tensor,  # [B, T, H, K]
@@ -168,7 +167,6 @@ def chunk_scan_bwd(
     return in_chunk_order(dh, steps[::-1]), in_chunk_order(written, steps[::-1]), dS0
 
 # %% ../nbs/20_chunk_delta_h.ipynb #c050
-@operator
 def chunk_gated_delta_rule_bwd_dhu(
     q: Tensor,  # with gk: qg, faded since the chunk's start; with g: plain, [B, T, H, K]
     k: Tensor,  # with gk: kg, faded to the chunk's end; with g: plain, [B, T, H, K]

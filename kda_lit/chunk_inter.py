@@ -13,7 +13,7 @@ from .chunk_intra import per_token, per_token_bwd
 from .chunk_o import check_states
 from .cumsum import since_start, since_start_bwd, until_end, until_end_bwd
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, from_chunks
-from .utils import operator, share_heads, to_chunks
+from .utils import share_heads, to_chunks
 
 # %% ../nbs/22_chunk_inter.ipynb #c006
 def inter_chunk_bwd(
@@ -36,7 +36,6 @@ def inter_chunk_bwd(
     return dq, dk, -dv @ h.mT, dg
 
 # %% ../nbs/22_chunk_inter.ipynb #c014
-@operator
 def chunk_kda_bwd_dqkwg(
     q: Tensor,  # queries, [B, T, H, K]
     k: Tensor,  # keys, [B, T, H, K]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .solve_tril import corners, halves, join, unit_lower_inverse
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, from_chunks
-from .utils import operator, require, share_heads, to_chunks
+from .utils import require, share_heads, to_chunks
 
 # %% ../nbs/10_chunk_intra.ipynb #c019
 def halved(
@@ -78,7 +78,6 @@ def per_token(
     return G - F.pad(G[..., :-1, :], (0, 0, 1, 0))
 
 # %% ../nbs/10_chunk_intra.ipynb #c040
-@operator
 def chunk_kda_fwd_intra(
     q: Tensor,  # queries, [B, T, H, K]
     k: Tensor,  # keys, [B, T, H, K]
@@ -156,7 +155,6 @@ def per_token_bwd(
     return dg - F.pad(dg[..., 1:, :], (0, 0, 0, 1))
 
 # %% ../nbs/10_chunk_intra.ipynb #c058
-@operator
 def chunk_kda_bwd_intra(
     q: Tensor,  # queries, [B, T, H, K]
     k: Tensor,  # keys, [B, T, H, K]

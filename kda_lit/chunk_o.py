@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .chunk_intra import per_token
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, first_chunks
-from .utils import from_chunks, operator, share_heads, to_chunks
+from .utils import from_chunks, share_heads, to_chunks
 
 # %% ../nbs/21_chunk_o.ipynb #c008
 def read_out(
@@ -36,7 +36,6 @@ def check_states(
     check_shapes(dict(sizes, NT=NT // max(B, 1)), **{name: (h, "B NT HV K V")})
 
 # %% ../nbs/21_chunk_o.ipynb #c015
-@operator
 def chunk_gla_fwd_o_gk(
     q: Tensor,  # queries, [B, T, H, K]
     v: Tensor,  # what tokens write (v_new), [B, T, HV, V]
@@ -60,7 +59,6 @@ def chunk_gla_fwd_o_gk(
     return from_chunks(o, cu_seqlens, n["B"], n["T"]).to(v.dtype)
 
 # %% ../nbs/21_chunk_o.ipynb #c026
-@operator
 def chunk_gla_bwd_dA(
     v: Tensor,  # what tokens write (v_new), [B, T, H, V]
     do: Tensor,  # gradient of the outputs, [B, T, H, V]
@@ -90,7 +88,6 @@ def scalar_decay_scores(
     return (q @ k.mT * pairs.exp()).tril()
 
 # %% ../nbs/21_chunk_o.ipynb #c030
-@operator
 def chunk_bwd_dv_local(
     q: Tensor,  # queries, [B, T, H, K]; not read where A is given
     k: Tensor,  # keys, [B, T, H, K]; not read where A is given

@@ -16,7 +16,7 @@ from .chunk_delta_h import in_chunk_order, schedule
 from .gate import resolve_gates
 from .l2norm import l2norm_bwd
 from .naive import kda_step
-from .utils import check_inputs, compute_dtype, first_chunks, operator, share_heads
+from .utils import check_inputs, compute_dtype, first_chunks, share_heads
 
 # %% ../nbs/31_fused_recurrent.ipynb #c005
 def kda_step_bwd(
@@ -148,7 +148,6 @@ def flat_tokens(q, k, v, g, beta, scale, normalise, cu_seqlens):
     return [x.to(dtype).flatten(0, 1) for x in (q * scale, k, v, g, beta)], offsets
 
 # %% ../nbs/31_fused_recurrent.ipynb #c021
-@operator
 def fused_recurrent_kda(
     q: Tensor,  # queries, [B, T, H, K]
     k: Tensor,  # keys, [B, T, H, K]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .utils import check_float_tensor, compute_dtype, operator, require
+from .utils import check_float_tensor, compute_dtype, require
 
 # %% ../nbs/06_gate.ipynb #c009
 def kda_gate_ref(
@@ -60,7 +60,6 @@ def split_rate(A, z):
     return A.flatten().to(z.dtype).exp()[:, None]
 
 # %% ../nbs/06_gate.ipynb #c018
-@operator
 def kda_gate_fwd(
     g: Tensor,  # raw gates z, [..., H*K]; [num_tokens, H*K] works, too
     A: Tensor | None,  # log of the rate, [H] or [1, 1, H, 1]; None only with lower_bound
@@ -78,7 +77,6 @@ def kda_gate_fwd(
                         lower_bound=lower_bound)
 
 # %% ../nbs/06_gate.ipynb #c020
-@operator
 def kda_gate_bwd(
     dy: Tensor,  # gradient of the log-decays, [..., H, K]
     g: Tensor,  # raw gates z, [..., H*K]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .chunk import chunk_kda
 from .fused_recurrent import fused_recurrent_kda
-from .utils import check_shapes, operator
+from .utils import check_shapes
 
 # %% ../nbs/32_gated_delta_rule.ipynb #c012
 def per_channel(
@@ -22,7 +22,6 @@ def per_channel(
     return g[..., None].expand(*g.shape, q.shape[-1])
 
 # %% ../nbs/32_gated_delta_rule.ipynb #c013
-@operator
 def chunk_gated_delta_rule(
     q: Tensor,  # queries, [B, T, H, K]
     k: Tensor,  # keys, [B, T, H, K]
@@ -41,7 +40,6 @@ def chunk_gated_delta_rule(
                      output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
 
 
-@operator
 def fused_recurrent_gated_delta_rule(
     q: Tensor,  # as in `chunk_gated_delta_rule`
     k: Tensor,

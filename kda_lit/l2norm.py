@@ -9,10 +9,9 @@ __all__ = ['l2norm_fwd', 'l2norm', 'l2norm_bwd']
 import torch
 from torch import Tensor
 
-from .utils import check_float_tensor, compute_dtype, operator
+from .utils import check_float_tensor, compute_dtype
 
 # %% ../nbs/03_l2norm.ipynb #c010
-@operator
 def l2norm_fwd(
     x: Tensor,  # [..., D]
     eps: float = 1e-6,
@@ -36,7 +35,6 @@ def l2norm(
     return l2norm_fwd(x, eps, output_dtype)[0]
 
 # %% ../nbs/03_l2norm.ipynb #c015
-@operator
 def l2norm_bwd(
     y: Tensor,  # the result of `l2norm_fwd`, [..., D]
     rstd: Tensor,  # its second result, [...]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .utils import check_inputs, compute_dtype, from_chunks
-from .utils import operator, share_heads, to_chunks
+from .utils import share_heads, to_chunks
 
 # %% ../nbs/05_naive.ipynb #c011
 def kda_step(
@@ -28,7 +28,6 @@ def kda_step(
     return (q[..., None, :] @ S).squeeze(-2), S
 
 # %% ../nbs/05_naive.ipynb #c013
-@operator
 def naive_recurrent_kda(
     q: Tensor,  # queries, [B, T, H, K]
     k: Tensor,  # keys, [B, T, H, K]
@@ -88,7 +87,6 @@ def naive_chunk(
     return o, last.exp().mT * S + ((last - G).exp() * k).mT @ v_new
 
 # %% ../nbs/05_naive.ipynb #c030
-@operator
 def naive_chunk_kda(
     q: Tensor,  # queries, [B, T, H, K]
     k: Tensor,  # keys, [B, T, H, K]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, from_chunks
-from .utils import operator, require, to_chunks
+from .utils import require, to_chunks
 
 # %% ../nbs/02_solve_tril.ipynb #c012
 def corners(
@@ -50,7 +50,6 @@ def unit_lower_inverse(
     return X.squeeze(-3)
 
 # %% ../nbs/02_solve_tril.ipynb #c020
-@operator
 def solve_tril(
     A: Tensor,  # strictly lower triangular in every chunk, [B, T, H, C], C in {16, 32, 64}
     cu_seqlens: Tensor | None = None,  # [N+1]

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'require', 'check_float_tensor', 'check_heads', 'check_shapes', 'check_cu_seqlens', 'check_inputs',
-           'share_heads', 'compute_dtype', 'check_close', 'use_backend', 'operator', 'exp', 'log', 'log2', 'safe_exp',
-           'prepare_lens', 'prepare_lens_from_mask', 'prepare_cu_seqlens_from_lens', 'prepare_cu_seqlens_from_mask',
-           'get_unpad_data', 'index_first_axis', 'index_put_first_axis', 'pad_input', 'unpad_input',
-           'prepare_sequence_ids', 'prepare_position_ids', 'prepare_token_indices', 'prepare_chunk_offsets',
-           'prepare_chunk_indices', 'chunk_rows', 'to_chunks', 'from_chunks', 'first_chunks', 'pack_sequence',
-           'unpack_sequence']
+           'share_heads', 'compute_dtype', 'check_close', 'use_backend', 'interpret_without_gpu', 'interpreting',
+           'triton_obstacle', 'dispatch', 'keep_backend', 'exp', 'log', 'log2', 'safe_exp', 'prepare_lens',
+           'prepare_lens_from_mask', 'prepare_cu_seqlens_from_lens', 'prepare_cu_seqlens_from_mask', 'get_unpad_data',
+           'index_first_axis', 'index_put_first_axis', 'pad_input', 'unpad_input', 'prepare_sequence_ids',
+           'prepare_position_ids', 'prepare_token_indices', 'prepare_chunk_offsets', 'prepare_chunk_indices',
+           'chunk_rows', 'to_chunks', 'from_chunks', 'first_chunks', 'pack_sequence', 'unpack_sequence']
 
 # %% ../nbs/00_utils.ipynb #c003
+import os
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import cache, wraps
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -143,25 +146,82 @@ _forced: ContextVar[str | None] = ContextVar("kda_lit_backend", default=None)
 # %% ../nbs/00_utils.ipynb #c031
 @contextmanager
 def use_backend(
-    name: str,  # "torch" or "triton"
+    name: str | None,  # "torch", "triton", or None: by device again
 ):
     "Force one backend inside the `with` block; ValueError for another name."
-    require(name in ("torch", "triton"), "name", "'torch' or 'triton'", repr(name))
+    known = name in ("torch", "triton", None)
+    require(known, "name", "'torch', 'triton' or None", repr(name))
     token = _forced.set(name)
     try: yield
     finally: _forced.reset(token)
 
 # %% ../nbs/00_utils.ipynb #c032
-def operator(op_torch):
-    "Make a PyTorch function an operator that heeds `use_backend`; it is kept as `.torch`."
-    @wraps(op_torch)
-    def op(*args, **kwargs):
-        if _forced.get() == "triton":
-            raise RuntimeError(f"`{op_torch.__name__}` has no Triton variant yet; leave "
-                               "`use_backend('triton')` to run it in PyTorch")
-        return op_torch(*args, **kwargs)
-    op.torch = op_torch
-    return op
+def interpret_without_gpu():
+    """Where there is no GPU, have Triton's interpreter run the kernels, on the CPU: slow,
+    for small shapes. To be called before Triton is imported."""
+    if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@cache
+def interpreting() -> bool:
+    "Whether Triton interprets kernels; settled when Triton is imported."
+    from triton import language
+    from triton.runtime.interpreter import InterpretedFunction
+    return isinstance(language.cdiv, InterpretedFunction)
+
+# %% ../nbs/00_utils.ipynb #triton-obstacle
+def triton_obstacle(
+    tensors: list[Tensor],  # the float tensors that a kernel would read
+) -> str | None:  # None: the kernel can run
+    "What keeps a kernel from running on these tensors, and what to do about it."
+    device, dtypes = tensors[0].device.type, {x.dtype for x in tensors}
+    if find_spec("triton") is None: return "Triton is not installed; pip install triton"
+    if not interpreting() and device != "cuda":
+        return (f"kernels need CUDA tensors, not {device}; move them, "
+                "or set TRITON_INTERPRET=1 before Triton is imported")
+    if torch.float64 in dtypes: return "kernels compute in float32; use PyTorch for float64"
+    if interpreting() and dtypes != {torch.float32}:
+        return "the interpreter needs float32; convert the tensors first"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return ("autograd cannot look into a kernel; call it under torch.no_grad(), "
+                "or call an operator that has a backward pass of its own")
+
+# %% ../nbs/00_utils.ipynb #dispatch
+def dispatch(f_torch):
+    """Make a PyTorch function pick its backend at every call.
+    The other variant has its name and `_triton`, and is exported to `kda_lit.kernels`; this
+    one is kept as `.torch`. RuntimeError where Triton is forced and cannot run."""
+    name, here = f_torch.__name__ + "_triton", f_torch.__globals__
+
+    @wraps(f_torch)
+    def f(*args, **kwargs):
+        tensors = [x for x in (*args, *kwargs.values())
+                   if isinstance(x, Tensor) and x.is_floating_point()]
+        forced = _forced.get()
+        if forced == "torch" or not (forced or tensors[0].is_cuda):
+            return f_torch(*args, **kwargs)
+        obstacle = triton_obstacle(tensors)
+        if not obstacle:
+            f_triton = here.get(name) or getattr(import_module("kda_lit.kernels"), name)
+            return f_triton(*args, **kwargs)
+        if forced: raise RuntimeError(f"`{f_torch.__name__}` in Triton: {obstacle}")
+        return f_torch(*args, **kwargs)
+    f.torch = f_torch
+    return f
+
+# %% ../nbs/00_utils.ipynb #keep-backend
+def keep_backend(
+    function: type,  # a torch.autograd.Function
+) -> type:  # the same
+    "Class decorator: what was forced in the forward pass is forced in the backward pass."
+    forward, backward = function.forward, function.backward
+    def forth(ctx, *args):
+        ctx.backend = _forced.get()
+        return forward(ctx, *args)
+    def back(ctx, *grads):
+        with use_backend(ctx.backend): return backward(ctx, *grads)
+    function.forward, function.backward = staticmethod(forth), staticmethod(back)
+    return function
 
 # %% ../nbs/00_utils.ipynb #c035
 def exp(x: Tensor) -> Tensor:

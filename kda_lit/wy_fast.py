@@ -13,7 +13,7 @@ from .chunk_intra import per_token
 from .cumsum import since_start, until_end
 from .solve_tril import unit_lower_inverse_bwd
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, from_chunks
-from .utils import operator, share_heads, to_chunks
+from .utils import share_heads, to_chunks
 
 # %% ../nbs/11_wy_fast.ipynb #c014
 def wy_vectors(
@@ -27,7 +27,6 @@ def wy_vectors(
     return A @ (beta * ke), A @ (beta * v)
 
 # %% ../nbs/11_wy_fast.ipynb #c022
-@operator
 def recompute_w_u_fwd(
     k: Tensor,  # keys, [B, T, H, K]
     v: Tensor,  # values, [B, T, HV, V]
@@ -71,7 +70,6 @@ def wy_vectors_bwd(
     return b * dkb, b * dvb, dbeta, unit_lower_inverse_bwd(A, dA)
 
 # %% ../nbs/11_wy_fast.ipynb #c035
-@operator
 def prepare_wy_repr_bwd(
     k: Tensor,  # keys, [B, T, H, K]
     v: Tensor,  # values, [B, T, HV, V]

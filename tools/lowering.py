@@ -39,7 +39,9 @@ class Cell:
     def hidden(self): return bool(HIDDEN & self.options.keys()) or self.off("include")
 
     @property
-    def exported(self): return bool({"export", "exports"} & self.options.keys())
+    def exported(self):
+        "Whether it goes to the module of its page; kernels, which go to another one, have no reference card."
+        return "" in (self.options.get("export"), self.options.get("exports"))
 
 
 @dataclass
