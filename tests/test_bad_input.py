@@ -114,7 +114,7 @@ def padded(width): return ones(2, width, 3), tensor([0, 5, 7])
 
 CALLS = {  # what is wrong: the call, the error, words of its message
     # utils
-    "backend": (lambda: kl.use_backend("cuda").__enter__(), ValueError, "`name`", "'torch' or 'triton'", "'cuda'"),
+    "backend": (lambda: kl.use_backend("cuda").__enter__(), ValueError, "`name`", "'torch', 'triton' or None", "'cuda'"),
     "mask of attention scores": (lambda: kl.get_unpad_data(ones(2, 5, 5)), ValueError, "`attention_mask`", "[B, T]",
                                  "[2, 5, 5]"),
     "mask of 2s": (lambda: kl.get_unpad_data(2 * ones(2, 5)), ValueError, "`attention_mask`", "0 and 1", "[2.0]"),
