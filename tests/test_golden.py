@@ -94,7 +94,7 @@ def test_convolution_and_one_more_token():
     y, cache = conv(case["conv_x"], output_final_state=True)
     assert distance(y, case["conv_y"]) < 2e-6
     assert torch.equal(cache, case["conv_cache"])
-    y, cache = conv.step(case["conv_x1"], cache)
+    y, cache = conv.step(case["conv_x1"], cache=cache, output_final_state=True)
     assert distance(y, case["conv_y1"]) < 2e-6
     assert torch.equal(cache, case["conv_cache1"])
 
