@@ -275,6 +275,7 @@ class KimiDeltaAttention(KDAParameters):
         past_key_values: KDACache | None = None,  # what came before
         use_cache: bool = False,  # remember these tokens, in past_key_values if given
         output_attentions: bool = False,  # there are none to put out
+        *,
         cu_seqlens: Tensor | None = None,  # borders of packed sequences, [N+1]
         **kwargs,  # other arguments of the reference library, ignored
     ) -> tuple[Tensor, None, KDACache | None]:  # y [B, T, d], 0 at padding; None; the cache
