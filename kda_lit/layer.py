@@ -151,11 +151,17 @@ class KDACache:
 
     def __iter__(self): return iter(self.layers.values())
 
+    def copy(self):
+        "A cache that goes its own way from here; the tensors are shared until replaced."
+        twin = KDACache()
+        twin.layers = {i: dict(layer) for i, layer in self.layers.items()}
+        return twin
+
     def crop(self, max_length: int):
         "Keep the first max_length tokens: ValueError unless these are all."
         seen = max((layer["tokens"] for layer in self), default=0)
         require(max_length >= seen, "max_length", f"at least the {seen} tokens seen: a state cannot "
-                "give back its last tokens, copy the cache before them instead", max_length)
+                "give back its last tokens, keep a copy() of the cache instead", max_length)
 
     def reorder_cache(self, beam_idx: Tensor):
         "Let row n continue what row beam_idx[n] has seen; for beam search."
