@@ -112,6 +112,34 @@ def test_cache_cannot_be_cut_back():
 
 
 @BOTH
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradients_of_a_padded_batch(layer, side):
+    "Those of the rows alone; none at the padding, whatever stands there."
+    one, mask = layer(**SMALL).double().train(), torch.ones(3, 70)
+    mask[0, 40:], mask[2, 1:] = 0, 0
+    if side == "left": mask = mask.flip(1)
+    x, dy = torch.randn(2, 3, 70, 24).double()
+    x[mask == 0] = 1e3
+    x.requires_grad_()
+    leaves = [x, *one.parameters()]
+    got = torch.autograd.grad(one(x, mask)[0], leaves, dy)
+    alone = sum((one(row[None, m.bool()])[0][0] * d[m.bool()]).sum() for row, m, d in zip(x, mask, dy))
+    for a, b in zip(got, torch.autograd.grad(alone, leaves)): assert distance(a, b) < 1e-11
+    assert not got[0][mask == 0].any()
+
+
+@BOTH
+def test_gradients_through_a_cache(layer):
+    "Back through the state and the convolution's inputs, as in one go."
+    one, x = layer(**SMALL).double().train(), torch.randn(2, 80, 24).double().requires_grad_()
+    first, _, cache = one(x[:, :67], use_cache=True)
+    y = torch.cat([first, one(x[:, 67:], past_key_values=cache)[0]], 1)
+    leaves, dy = [x, *one.parameters()], torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(one(x)[0], leaves, dy)):
+        assert distance(a, b) < 1e-11
+
+
+@BOTH
 def test_modes_agree_in_training(layer):
     chunked = layer(**SMALL).train()
     by_token, x = deepcopy(chunked), torch.randn(2, 70, 24)
