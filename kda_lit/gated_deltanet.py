@@ -81,6 +81,6 @@ class GatedDeltaNet(DeltaLayer):
         **kwargs,  # other arguments of the reference library, ignored
     ) -> tuple[Tensor, None, KDACache | None]:  # y [B, T, d], 0 at padding; None; the cache
         "Errors as in `KimiDeltaAttention`."
-        y, cache = run_layer(self, hidden_states, attention_mask, past_key_values, use_cache,
-                             cu_seqlens)
+        y, cache = run_layer(self, hidden_states, attention_mask, past_key_values,
+                             use_cache, cu_seqlens)
         return y, None, cache

@@ -28,7 +28,7 @@ def _released(state_dict, layer, prefix):
     wanted = {released_name(name): p for name, p in layer.named_parameters()}
     given = {name.removeprefix(prefix): x for name, x in state_dict.items()
              if name.startswith(prefix)}
-    of = f"of one KDA layer whose names begin with {prefix!r}" if prefix else "of one KDA layer"
+    of = "of one KDA layer" + (f" whose names begin with {prefix!r}" if prefix else "")
     missing = wanted.keys() - given.keys() - {"g_b_proj.bias"}
     require(not missing, "state_dict", of, f"no {', '.join(sorted(missing))}")
     strange = given.keys() - wanted.keys()

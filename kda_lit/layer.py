@@ -119,7 +119,8 @@ class KDAParameters(DeltaLayer):
         bounded = lower_bound is not None
         require(not bounded or lower_bound < 0, "lower_bound", "below 0", lower_bound)
         require(bounded or not safe_gate, "lower_bound", "given with safe_gate=True", None)
-        self.lower_bound, HV, K, V = lower_bound, self.num_v_heads, head_dim, self.head_v_dim
+        HV, K, V = self.num_v_heads, self.head_k_dim, self.head_v_dim
+        self.lower_bound = lower_bound
         G = HV if gate_per_value_head else num_heads
         self.f_proj = _low_rank(hidden_size, V, G * K)
         self.b_proj = nn.Linear(hidden_size, G, bias=False)
@@ -160,8 +161,9 @@ class KDACache:
     def crop(self, max_length: int):
         "Keep the first max_length tokens: ValueError unless these are all."
         seen = max((layer["tokens"] for layer in self), default=0)
-        require(max_length >= seen, "max_length", f"at least the {seen} tokens seen: a state cannot "
-                "give back its last tokens, keep a copy() of the cache instead", max_length)
+        must_be = (f"at least the {seen} tokens seen: a state cannot give back its last "
+                   "tokens, keep a copy() of the cache instead")
+        require(max_length >= seen, "max_length", must_be, max_length)
 
     def reorder_cache(self, beam_idx: Tensor):
         "Let row n continue what row beam_idx[n] has seen; for beam search."
@@ -186,9 +188,10 @@ class KDACache:
 # %% ../nbs/50_layer.ipynb #c034
 def _check_sides(mask):
     "ValueError if the real tokens of a row do not reach one of its ends in one piece."
-    rows = (mask.diff(dim=1) != 0).sum(1) > 1
-    got = f"{mask[rows][0].int().tolist()} in row {rows.nonzero()[0].item()}" if rows.any() else ""
-    require(not got, "attention_mask", "padded on one side of a row, left or right", got)
+    wrong = ((mask.diff(dim=1) != 0).sum(1) > 1).nonzero().flatten().tolist()
+    for row in wrong[:1]:
+        got = f"{mask[row].int().tolist()} in row {row}"
+        require(False, "attention_mask", "padded on one side of a row, left or right", got)
 
 
 def _unpad(hidden_states, attention_mask, cu_seqlens):
@@ -267,7 +270,8 @@ class KimiDeltaAttention(KDAParameters):
         "Log-decays (natural log), [B, T, HV, K], and write strengths, [B, T, HV]."
         g = fused_kda_gate(self.f_proj(x), self.A_log, self.head_k_dim, self.dt_bias,
                            lower_bound=self.lower_bound)
-        return share_heads(g, self.num_v_heads), share_heads(self.strengths(x), self.num_v_heads)
+        HV = self.num_v_heads
+        return share_heads(g, HV), share_heads(self.strengths(x), HV)
 
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:  # [B, T, HV, V], [B, T, d] → y
         "Equation 3."
@@ -287,8 +291,8 @@ class KimiDeltaAttention(KDAParameters):
     ) -> tuple[Tensor, None, KDACache | None]:  # y [B, T, d], 0 at padding; None; the cache
         """Equations 1 to 3.
         ValueError or TypeError for bad input; the cache is then unchanged."""
-        y, cache = run_layer(self, hidden_states, attention_mask, past_key_values, use_cache,
-                             cu_seqlens)
+        y, cache = run_layer(self, hidden_states, attention_mask, past_key_values,
+                             use_cache, cu_seqlens)
         return y, None, cache
 
 # %% ../nbs/50_layer.ipynb #c049

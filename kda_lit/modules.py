@@ -60,7 +60,8 @@ def lay_out(
     "Packed sequences in one stream, each behind its own past."
     (N, D, W), T, device = past.shape, x.shape[1], x.device
     gaps, window = torch.arange(N, device=device) * W, torch.arange(W, device=device)
-    pasts, ends = ((at + gaps)[:, None] + window for at in (cu_seqlens[:-1], cu_seqlens[1:]))
+    borders = cu_seqlens[:-1], cu_seqlens[1:]
+    pasts, ends = ((at + gaps)[:, None] + window for at in borders)
     tokens = torch.arange(T, device=device) + W * (1 + prepare_sequence_ids(cu_seqlens))
     stream = x.new_zeros(T + N * W, D).index_copy(0, tokens, x[0])
     stream = stream.index_copy(0, pasts.flatten(), past.mT.flatten(0, 1).to(x.dtype))
@@ -153,14 +154,14 @@ def silu_slope(z: Tensor) -> Tensor:
     s = z.sigmoid()
     return s * (1 + z * (1 - s))
 
-# %% ../nbs/45_modules.ipynb #conv-function
+# %% ../nbs/45_modules.ipynb #conv-convolve
 def convolve(x, weight, bias, past, cu_seqlens):
     """Equation 1 without the silu, by whichever of the three ways fits.
     Source: Eq. 10; fla/modules/convolution.py causal_conv1d_fwd"""
     if cu_seqlens is not None: return causal_conv_packed(x, weight, bias, past, cu_seqlens)
     return (causal_conv_step if x.shape[1] == 1 else causal_conv)(x, weight, bias, past)
 
-
+# %% ../nbs/45_modules.ipynb #conv-function
 class CausalConvFunction(torch.autograd.Function):
     """Filter and silu as one differentiable step; y is in float32 (float64 if x is).
     Source: Eq. 10; fla/modules/convolution.py CausalConv1dFunction"""
@@ -248,7 +249,8 @@ class ShortConvolution(nn.Module):
         cache = _conv_start(x, residual, mask, cache, cu_seqlens, self.weight)
         if mask is not None: x = x * mask[..., None].to(x.dtype)
         silu = self.activation is not None
-        y, cache = CausalConvFunction.apply(x, self.weight, self.bias, cache, cu_seqlens, silu)
+        filters = self.weight, self.bias
+        y, cache = CausalConvFunction.apply(x, *filters, cache, cu_seqlens, silu)
         if residual is not None: y = y + residual
         return y.to(x.dtype), cache if output_final_state else None
 
@@ -262,7 +264,8 @@ class ShortConvolution(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # y shaped like x, new cache [N, D, W] or None
         "`forward` for one token of each sequence; ValueError for more."
         N = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
-        require(x.shape[:2].numel() == N, "x", f"of {N} tokens, one a sequence", list(x.shape))
+        one = x.shape[:2].numel() == N
+        require(one, "x", f"of {N} tokens, one a sequence", list(x.shape))
         return self(x, residual, None, cache, output_final_state, cu_seqlens)
 
 # %% ../nbs/45_modules.ipynb #c044
