@@ -35,8 +35,8 @@ class Backend(NamedTuple):
         return x.to(DEVICE, self.dtype if x.is_floating_point() else None)
 
     def rounded(self, x):
-        "The numbers that arrive there, in float64, for the computation to compare with."
-        return Backend("torch", torch.float64).put(self.put(x))
+        "The numbers that arrive there, in float64 and on the CPU, for the computation to compare with."
+        return self.put(x).to("cpu", torch.float64)
 
     def __call__(self, f, *args, **kwargs):
         with use_backend(self.name): return f(*self.put(args), **self.put(kwargs))
