@@ -10,8 +10,8 @@ __all__ = ['carry_state', 'schedule', 'in_chunk_order', 'chunk_scan', 'fade_to_e
 import torch
 from torch import Tensor
 
-from .utils import check_cu_seqlens, check_shapes, compute_dtype, first_chunks
-from .utils import from_chunks, to_chunks
+from .utils import check_cu_seqlens, check_shapes, compute_dtype, dispatch
+from .utils import first_chunks, from_chunks, to_chunks
 
 # %% ../nbs/20_chunk_delta_h.ipynb #c007
 def carry_state(
@@ -43,6 +43,7 @@ def in_chunk_order(
     return torch.cat(parts)[torch.cat(steps).argsort()]
 
 # %% ../nbs/20_chunk_delta_h.ipynb #c019
+@dispatch
 def chunk_scan(
     w: Tensor,  # [NT, H, C, K]
     u: Tensor,  # [NT, H, C, V]
@@ -141,6 +142,7 @@ def carry_state_bwd(
     return dv, decay[..., None] * dS + qg.mT @ do - w.mT @ dv
 
 # %% ../nbs/20_chunk_delta_h.ipynb #c042
+@dispatch
 def chunk_scan_bwd(
     qg: Tensor,  # [NT, H, C, K]
     kg: Tensor,  # [NT, H, C, K]
