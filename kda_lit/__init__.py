@@ -24,6 +24,8 @@ from .fused_recurrent import *
 from .gated_delta_rule import *
 from .modules import *
 from .layer import *
+from .gated_deltanet import *
+from .kimi_linear import *
 
 _LATER = dict.fromkeys(("KDAConfig", "KDABlock", "KDAPreTrainedModel", "KDAModel", "KDAForCausalLM"), ".model")
 

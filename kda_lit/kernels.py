@@ -23,7 +23,7 @@ def dot(
 # %% ../nbs/00_kernels.ipynb #options
 OPTIONS = {  # from this compute capability on: kernel → options of its launch
     80: {
-        "cumsum_kernel": dict(BT=64, BK=64, num_warps=4),
+        "cumsum_kernel": dict(BT=64, BK=32, num_warps=4, num_stages=2),
         "inverse_kernel": dict(num_warps=4),
         "inverse_bwd_kernel": dict(num_warps=4),
         "l2norm_kernel": dict(num_warps=8),

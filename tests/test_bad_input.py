@@ -1,4 +1,6 @@
 """A wrong call must raise before anything runs, and say which argument was wrong, what it must be and what it was."""
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import ones, tensor
@@ -95,7 +97,8 @@ def test_options(op, wrong):
     lambda cu: kl.chunk_gla_fwd_o_gk(P["q"], P["v"], P["g"], A[:1], H_STATES[:1], 1., cu),
     lambda cu: kl.ShortConvolution(8)(ones(1, 7, 8), cu_seqlens=cu),
     lambda cu: kl.KimiDeltaAttention(**LAYER)(ones(1, 7, 24), cu_seqlens=cu),
-], ids="kda local_cumsum global_cumsum solve intra wy states output conv layer".split())
+    lambda cu: kl.GatedDeltaNet(**LAYER)(ones(1, 7, 24), cu_seqlens=cu),
+], ids="kda local_cumsum global_cumsum solve intra wy states output conv layer gdn".split())
 @pytest.mark.parametrize("wrong", PACKED)
 def test_borders(op, wrong):
     cu_seqlens, error, *words = PACKED[wrong]
@@ -105,6 +108,8 @@ def test_borders(op, wrong):
 # ---- everything else: a call each
 
 def layer(x=ones(2, 5, 24), **arguments): return kl.KimiDeltaAttention(**LAYER)(x, **arguments)
+def gdn(x=ones(2, 5, 24), **arguments): return kl.GatedDeltaNet(**LAYER)(x, **arguments)
+def conv(x=ones(1, 7, 8), **arguments): return kl.ShortConvolution(8)(x, **arguments)
 def make_layer(**options): return kl.KimiDeltaAttention(**LAYER | options)
 def model(ids=ones(2, 5).long(), **arguments): return make_model()(ids, **arguments)
 def make_model(**options): return kl.KDAForCausalLM(kl.KDAConfig(**MODEL | options))
@@ -175,6 +180,22 @@ CALLS = {  # what is wrong: the call, the error, words of its message
                             "[1, 8, 4]", "[1, 8, 3]"),
     "convolution's mask": (lambda: kl.ShortConvolution(8)(ones(1, 7, 8), mask=ones(1, 6)), ValueError, "`mask`", "[1, 7]",
                            "[1, 6]"),
+    "convolution's mask of 2s": (lambda: conv(mask=2 * ones(1, 7)), ValueError, "`mask`", "0 and 1", "[2.0"),
+    "convolution's half mask": (lambda: conv(mask=ones(1, 7) / 2), ValueError, "`mask`", "0 and 1", "[0.5"),
+    "convolution's mask as a list": (lambda: conv(mask=[[1] * 7]), TypeError, "`mask`", "a tensor", "list"),
+    "convolution's mask and borders": (lambda: conv(mask=ones(1, 7), cu_seqlens=tensor([0, 7])), ValueError, "`mask`", "None",
+                                       "`cu_seqlens`"),
+    "convolution's packed batch of 2": (lambda: conv(ones(2, 7, 8), cu_seqlens=tensor([0, 7])), ValueError, "`x`",
+                                        "of batch size 1", "2"),
+    "convolution's cache of 2": (lambda: conv(cache=ones(2, 8, 4)), ValueError, "`cache`", "[1, 8, 4]", "[2, 8, 4]"),
+    "convolution's integer cache": (lambda: conv(cache=ints(ones(1, 8, 4))), TypeError, "`cache`", "float32", "int64"),
+    "convolution's residual": (lambda: conv(residual=ones(1, 6, 8)), ValueError, "`residual`", "[1, 7, 8]", "[1, 6, 8]"),
+    "convolution of integers": (lambda: conv(ints(ones(1, 7, 8))), TypeError, "`x`", "float32", "int64"),
+    "convolution's long step": (lambda: kl.ShortConvolution(8).step(ones(1, 7, 8)), ValueError, "`x`", "one a sequence",
+                                "[1, 7, 8]"),
+    "norm's residual": (lambda: kl.FusedRMSNormGated(8)(ones(3, 8), ones(3, 8), ones(8)), ValueError, "`residual`", "[3, 8]",
+                        "[8]"),
+    "norm's integers": (lambda: kl.FusedRMSNormGated(8)(ints(ones(3, 8)), ones(3, 8)), TypeError, "`x`", "float32", "int64"),
     "norm's activation": (lambda: kl.FusedRMSNormGated(8, activation="relu"), ValueError, "`activation`", "'swish'",
                           "'relu'"),
     "norm's gate": (lambda: kl.FusedRMSNormGated(8)(ones(3, 8), ones(3, 7)), ValueError, "`g`", "[3, 8]", "[3, 7]"),
@@ -194,6 +215,25 @@ CALLS = {  # what is wrong: the call, the error, words of its message
     "mask and borders": (lambda: layer(attention_mask=ones(2, 5), cu_seqlens=tensor([0, 5])), ValueError, "`cu_seqlens`",
                          "None", "`attention_mask`"),
     "cache as a dict": (lambda: layer(past_key_values={}), TypeError, "`past_key_values`", "KDACache", "dict"),
+    "mask of halves": (lambda: layer(attention_mask=ones(2, 5) / 2), ValueError, "`attention_mask`", "0 and 1", "[0.5]"),
+    "mask of too many rows": (lambda: layer(attention_mask=ones(3, 5)), ValueError, "`attention_mask`", "[2, 5]", "[3, 5]"),
+    "layer's mask as a list": (lambda: layer(attention_mask=[[1] * 5] * 2), TypeError, "`attention_mask`", "a tensor", "list"),
+    "padding on both sides": (lambda: layer(attention_mask=tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 0]])), ValueError,
+                              "`attention_mask`", "padded on one side", "[0, 1, 1, 1, 0] in row 1"),
+    "padding in the middle": (lambda: layer(attention_mask=tensor([[1, 0, 0, 1, 1], [1] * 5]).bool()), ValueError,
+                              "`attention_mask`", "padded on one side", "[1, 0, 0, 1, 1] in row 0"),
+    "layer's packed batch of 2": (lambda: layer(cu_seqlens=tensor([0, 5])), ValueError, "`hidden_states`", "of batch size 1", "2"),
+    "layer's tokens as a list": (lambda: layer([[1.]]), TypeError, "`hidden_states`", "a tensor", "list"),
+    "cut-back cache": (lambda: filled().crop(4), ValueError, "`max_length`", "5 tokens seen", "got 4"),
+    "cut-back cache by a number": (lambda: filled().crop(-1), ValueError, "`max_length`", "5 tokens seen", "got -1"),
+    # Gated DeltaNet: what KDA's layer refuses
+    "gdn's mode": (lambda: kl.GatedDeltaNet(24, mode="parallel"), ValueError, "`mode`", "'chunk'", "'parallel'"),
+    "gdn's value heads": (lambda: kl.GatedDeltaNet(24, num_heads=2, num_v_heads=3), ValueError, "`num_v_heads`",
+                          "num_heads = 2", "3"),
+    "gdn's hidden size": (lambda: gdn(ones(2, 5, 23)), ValueError, "`hidden_states`", "[2, 5, 24]", "[2, 5, 23]"),
+    "gdn's 3-D mask": (lambda: gdn(attention_mask=ones(2, 5, 5)), ValueError, "`attention_mask`", "[2, 5]", "[2, 5, 5]"),
+    "gdn's cache of a KDA layer": (lambda: gdn(past_key_values=filled()), ValueError, "`past_key_values`", "[2, 2, 8, 16]",
+                                   "[2, 2, 8, 8]"),
     # model
     "hidden act": (lambda: make_model(hidden_act="relu"), ValueError, "`hidden_act`", "'swish'", "'relu'"),
     "model's mode": (lambda: make_model(attn_mode="parallel"), ValueError, "mode`", "'chunk'", "'parallel'"),
@@ -210,11 +250,98 @@ CALLS = {  # what is wrong: the call, the error, words of its message
 def test_calls(wrong): refuses(*CALLS[wrong])
 
 
-def test_a_refused_call_leaves_the_cache_alone():
-    small = kl.KimiDeltaAttention(**LAYER).eval()
-    cache = small(ones(2, 5, 24), use_cache=True)[2]
-    before = {name: t.clone() for name, t in enumerate(cache[0]["conv_state"])}
-    for x, options in [(ones(2, 1, 23), {}), (ones(3, 1, 24), {}), (ones(2, 1, 24), dict(attention_mask=ones(3, 6)))]:
-        with pytest.raises(ValueError): small(x, past_key_values=cache, use_cache=True, **options)
-    assert cache.get_seq_length() == 5
-    assert all(torch.equal(cache[0]["conv_state"][i], t) for i, t in before.items())
+# ---- nothing half-changed
+
+def filled(layer=kl.KimiDeltaAttention, **options):
+    "The cache of a layer that has read five tokens."
+    with torch.no_grad(): return layer(**LAYER | options)(ones(2, 5, 24), use_cache=True)[2]
+
+
+FOREIGN = {  # a cache of another layer or batch: what it holds, what the message says
+    "other heads": (dict(head_dim=4, num_heads=4), {}, "recurrent_state", "[2, 2, 8, 8]", "[2, 4, 4, 4]"),
+    "wider values": (dict(expand_v=2), {}, "recurrent_state", "[2, 2, 8, 8]", "[2, 2, 8, 16]"),
+    "more taps": (dict(conv_size=3), {}, "conv_state", "[2, 16, 4]", "[2, 16, 3]"),
+    "no convolutions": (dict(use_short_conv=False), {}, "conv_state", "[2, 16, 4]", "got []"),
+    "fewer rows": ({}, dict(hidden_states=ones(3, 1, 24)), "recurrent_state", "[3, 2, 8, 8]", "[2, 2, 8, 8]"),
+    "packed otherwise": ({}, dict(hidden_states=ones(1, 3, 24), cu_seqlens=tensor([0, 1, 2, 3])), "recurrent_state",
+                         "[3, 2, 8, 8]", "[2, 2, 8, 8]")}
+
+
+@pytest.mark.parametrize("wrong", FOREIGN)
+def test_a_foreign_cache_is_refused_and_left_alone(wrong):
+    options, call, *words = FOREIGN[wrong]
+    cache, own = filled(**options), kl.KimiDeltaAttention(**LAYER).eval()
+    before = deepcopy(cache)
+    call = dict(hidden_states=ones(2, 1, 24), past_key_values=cache, use_cache=True) | call
+    refuses(lambda: own(**call), ValueError, "`past_key_values`", *words)
+    assert same_caches(cache, before)
+    if wrong == "no convolutions":
+        bare = kl.KimiDeltaAttention(**LAYER, use_short_conv=False)
+        refuses(lambda: bare(**call | dict(past_key_values=filled())), ValueError, "`past_key_values`", "conv_state", "[]")
+
+
+def same_caches(a, b):
+    held = lambda cache: [t for layer in cache for t in (layer["recurrent_state"], *(layer["conv_state"] or ()))]
+    return a.get_seq_length() == b.get_seq_length() and all(map(torch.equal, held(a), held(b)))
+
+
+REFUSED = {
+    "hidden size": dict(hidden_states=ones(2, 1, 23)), "rows": dict(hidden_states=ones(3, 1, 24)),
+    "mask": dict(attention_mask=ones(3, 6)), "mask values": dict(attention_mask=2 * ones(2, 6)),
+    "both sides": dict(hidden_states=ones(2, 3, 24), attention_mask=tensor([[0, 1, 0], [1, 1, 1]])),
+    "mask and borders": dict(attention_mask=ones(2, 6), cu_seqlens=tensor([0, 1])),
+    "borders": dict(hidden_states=ones(1, 3, 24), cu_seqlens=tensor([0, 1, 2]))}
+
+
+@pytest.mark.parametrize("layer", [kl.KimiDeltaAttention, kl.GatedDeltaNet])
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_a_refused_call_leaves_the_cache_alone(wrong, layer):
+    small = layer(**LAYER).eval()
+    cache = filled(layer)
+    before, call = deepcopy(cache), dict(hidden_states=ones(2, 1, 24), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError): small(**call | REFUSED[wrong])
+    assert same_caches(cache, before)
+
+
+# ---- a checkpoint of another model
+
+PREFIX = "model.layers.0.self_attn."
+
+
+def released(**changes):
+    "A KDA layer of the sizes of LAYER under the names of the released models."
+    n, sizes = 16, dict(b_proj=(2, 24), o_norm=(8,), o_proj=(24, 16))
+    for x in "qkv": sizes |= {f"{x}_proj": (n, 24), f"{x}_conv1d": (n, 1, 4)}
+    for x in "fg": sizes |= {f"{x}_a_proj": (8, 24), f"{x}_b_proj": (n, 8)}
+    tensors = {f"{name}.weight": torch.randn(size) for name, size in sizes.items()}
+    tensors |= {"A_log": torch.randn(1, 1, 2, 1), "dt_bias": torch.randn(n)} | changes
+    return {PREFIX + name: x for name, x in tensors.items() if x is not None}
+
+
+CHECKPOINTS = {
+    "another width": ({"o_proj.weight": ones(23, 16)}, {}, ValueError, "o_proj.weight", "[24, 16]", "[23, 16]"),
+    "more heads": ({"A_log": ones(1, 1, 3, 1)}, {}, ValueError, "A_log", "[2]", "[1, 1, 3, 1]"),
+    "a transposed rate": ({"A_log": ones(2, 1)}, {}, ValueError, "A_log", "[2]", "[2, 1]"),
+    "taps without a dimension": ({"k_conv1d.weight": ones(16, 4)}, {}, ValueError, "k_conv1d.weight", "[16, 1, 4]", "[16, 4]"),
+    "a name too few": ({"dt_bias": None}, {}, ValueError, "`state_dict`", "one KDA layer", "no dt_bias"),
+    "a name too many": ({"kv_a_proj.weight": ones(3)}, {}, ValueError, "`state_dict`", "one KDA layer", "kv_a_proj.weight besides"),
+    "quantised": ({"q_proj.weight": ints(ones(16, 24))}, {}, TypeError, "q_proj.weight", "float32", "int64"),
+    "no convolutions": ({}, dict(use_short_conv=False), ValueError, "`state_dict`", "k_conv1d.weight"),
+    "shared gates": ({}, dict(num_v_heads=4), ValueError, "state_dict[", "32", "16"),
+    "bounded gate": ({}, dict(lower_bound=-5.), ValueError, "`layer`", "lower_bound", "-5"),
+    "strengths up to 2": ({}, dict(allow_neg_eigval=True), ValueError, "`layer`", "allow_neg_eigval", "True")}
+
+
+@pytest.mark.parametrize("wrong", CHECKPOINTS)
+def test_a_refused_checkpoint_leaves_the_layer_alone(wrong):
+    changes, options, *what = CHECKPOINTS[wrong]
+    layer = make_layer(**options)
+    before = deepcopy(layer.state_dict())
+    refuses(lambda: kl.load_kimi_linear_kda(released(**changes), layer, prefix=PREFIX), *what)
+    assert all(torch.equal(x, before[name]) for name, x in layer.state_dict().items())
+
+
+def test_checkpoint_for_another_kind_of_layer():
+    refuses(lambda: kl.load_kimi_linear_kda(released(), kl.GatedDeltaNet(**LAYER), prefix=PREFIX), TypeError, "`layer`",
+            "KimiDeltaAttention", "GatedDeltaNet")
+    refuses(lambda: kl.load_kimi_linear_kda({}, make_layer()), ValueError, "`state_dict`", "no A_log")

@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import DEVICE
 from helpers import borders, distance
 from kda_lit import chunk_global_cumsum, chunk_local_cumsum, fused_kda_gate, kda_gate_bwd, kda_gate_fwd, l2norm, l2norm_bwd, \
     l2norm_fwd, solve_tril
@@ -159,3 +160,20 @@ def test_gate(every_backend, shape, lower_bound, A, bias):
     grads = torch.autograd.grad(got, leaves, dy.to(got.device, got.dtype))
     for a, b in zip(grads, torch.autograd.grad(want, leaves, dy)):
         assert distance(a.cpu(), b) < max(64 * every_backend.eps, close)
+
+
+# ---- offsets
+
+ROOM = DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory > 40e9
+LARGE = {
+    "sums": (since_start, (64, 128)), "inverse": (unit_lower_inverse, (64, 64)),
+    "l2norm": (lambda x: l2norm_fwd(x)[0], (64, 128)), "gate": (lambda z: kda_gate_fwd(z, None, 128, lower_bound=-5.)[0], (64, 128)),
+}
+
+
+@pytest.mark.skipif(not ROOM, reason="needs a GPU with 40 GB")
+@pytest.mark.parametrize("name", LARGE)
+def test_more_numbers_than_int32_can_count(name):
+    f, shape = LARGE[name]
+    x = torch.randn(2**31 // (shape[0] * shape[1]) + 2, *shape, device="cuda")
+    assert torch.equal(f(x)[-3:], f(x[-3:].clone()))

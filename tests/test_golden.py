@@ -1,8 +1,9 @@
 """Does kda_lit give the reference library's own numbers? What was recorded, and how: data/README.md."""
 import pytest
 import torch
+from safetensors import safe_open
 
-from helpers import NAMES, distance, golden, gradients, state_dict
+from helpers import GOLDEN, NAMES, distance, golden, gradients, state_dict
 from kda_lit import (FusedRMSNormGated, KDAConfig, KDAForCausalLM, KimiDeltaAttention, ShortConvolution,
                      chunk_gated_delta_rule, chunk_kda, fused_kda_gate, fused_recurrent_gated_delta_rule,
                      fused_recurrent_kda, l2norm, naive_recurrent_kda, rms_norm_gated)
@@ -94,7 +95,7 @@ def test_convolution_and_one_more_token():
     y, cache = conv(case["conv_x"], output_final_state=True)
     assert distance(y, case["conv_y"]) < 2e-6
     assert torch.equal(cache, case["conv_cache"])
-    y, cache = conv.step(case["conv_x1"], cache)
+    y, cache = conv.step(case["conv_x1"], cache=cache, output_final_state=True)
     assert distance(y, case["conv_y1"]) < 2e-6
     assert torch.equal(cache, case["conv_cache1"])
 
@@ -117,6 +118,11 @@ def test_gated_norm(gate):
                     (rms_norm_gated(x, g, weight, activation=gate, eps=norm.eps), "y"),
                     (y_prenorm, "y_prenorm"), (residual_out, "residual_out")]:
         assert distance(y, case[f"norm_{gate}_{name}"]) < 2e-6, name
+
+
+def test_every_recorded_case_is_here():
+    with safe_open(GOLDEN, "pt") as file: recorded = {key.split("/")[0] for key in file.keys()}
+    assert recorded == {*OP_CASES, "op_varlen", "gdn_op", "gate_softplus", "gate_lower_bound", "modules", *LAYERS, "lm"}
 
 
 # ---- the layer and the language model

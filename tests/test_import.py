@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib import import_module
+from operator import attrgetter
 
 import pytest
 import torch
@@ -28,13 +29,16 @@ PUBLIC = {
     "chunk": "chunk_kda chunk_kda_fwd chunk_kda_bwd ChunkKDAFunction trace_kda",
     "fused_recurrent": "fused_recurrent_kda",
     "gated_delta_rule": "chunk_gated_delta_rule fused_recurrent_gated_delta_rule",
-    "modules": "ShortConvolution rms_norm_gated FusedRMSNormGated",
-    "layer": "KimiDeltaAttention KDACache",
+    "modules": "ShortConvolution rms_norm_gated FusedRMSNormGated causal_conv_bwd causal_conv_packed_bwd rms_norm_gated_bwd",
+    "layer": "KimiDeltaAttention KDACache half_lives",
+    "gated_deltanet": "GatedDeltaNet",
+    "kimi_linear": "load_kimi_linear_kda",
     "model": "KDAConfig KDAModel KDAForCausalLM",
 }
 
 OPERATOR = ("q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False, "
             "cu_seqlens=None")
+FORWARD = "self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, output_attentions=False"
 SIGNATURES = {
     "unpad_input": "q, states, attention_mask, q_len, keepdim=False",
     "pad_input": "hidden_states, indices, batch_size, seq_len",
@@ -71,6 +75,14 @@ SIGNATURES = {
     "KimiDeltaAttention": "hidden_size=2048, expand_v=1, head_dim=128, num_heads=16, num_v_heads=None, mode='chunk', "
                           "use_short_conv=True, allow_neg_eigval=False, conv_size=4, conv_bias=False, layer_idx=None, "
                           "norm_eps=1e-5",
+    "GatedDeltaNet": "hidden_size=2048, expand_v=2, head_dim=256, num_heads=6, num_v_heads=None, mode='chunk', "
+                     "use_gate=True, use_short_conv=True, allow_neg_eigval=False, conv_size=4, conv_bias=False, "
+                     "layer_idx=None, norm_eps=1e-5",
+    "rms_norm_gated": "x, g, weight, bias=None, activation='swish', residual=None, prenorm=False, residual_in_fp32=False, eps=1e-6",
+    "KimiDeltaAttention.forward": FORWARD, "GatedDeltaNet.forward": FORWARD,
+    "ShortConvolution.forward": "self, x, residual=None, mask=None, cache=None, output_final_state=False, cu_seqlens=None",
+    "ShortConvolution.step": "self, x, residual=None, cache=None, output_final_state=False, cu_seqlens=None",
+    "FusedRMSNormGated.forward": "self, x, g, residual=None, prenorm=False, residual_in_fp32=False",
 }
 
 HEAVY = ("triton", "transformers", "matplotlib")
@@ -129,7 +141,7 @@ def test_names(module):
 def test_signatures(name):
     "Names, order and defaults of the reference library; what we add can only be given by name."
     theirs = inspect.signature(eval(f"lambda {SIGNATURES[name]}: None")).parameters.values()
-    ours = list(inspect.signature(getattr(kda_lit, name)).parameters.values())
+    ours = list(inspect.signature(attrgetter(name)(kda_lit)).parameters.values())
     both = list(zip(theirs, ours, strict=False))
     assert len(both) == len(theirs)
     for want, got in both: assert (got.name, got.default) == (want.name, want.default)

@@ -30,9 +30,10 @@ PLACES = {  # file of the reference library (fla 0.4.0): its names that have a c
     "fla/ops/kda/fused_recurrent.py": "fused_recurrent_kda",
     "fla/ops/gated_delta_rule/chunk.py": "chunk_gated_delta_rule",
     "fla/ops/gated_delta_rule/fused_recurrent.py": "fused_recurrent_gated_delta_rule",
-    "fla/modules/convolution.py": "ShortConvolution",
-    "fla/modules/fused_norm_gate.py": "rms_norm_gated FusedRMSNormGated",
+    "fla/modules/convolution.py": "causal_conv causal_conv_bwd causal_conv_step ShortConvolution",
+    "fla/modules/fused_norm_gate.py": "rms_norm_gated_fwd rms_norm_gated_bwd rms_norm_gated FusedRMSNormGated",
     "fla/layers/kda.py": "KimiDeltaAttention",
+    "fla/layers/gated_deltanet.py": "GatedDeltaNet",
     "fla/models/kda/configuration_kda.py": "KDAConfig",
     "fla/models/kda/modeling_kda.py": "KDAModel KDAForCausalLM",
 }
