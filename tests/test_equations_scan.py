@@ -5,7 +5,7 @@ import torch
 from helpers import NAMES, borders, distance, draw, gradients, recurrence_packed
 from kda_lit import (chunk_bwd_dv_local, chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h, chunk_gla_bwd_dA,
                      chunk_gla_fwd_o_gk, fused_recurrent_gated_delta_rule, fused_recurrent_kda)
-from kda_lit.chunk_delta_h import chunk_scan, chunk_scan_bwd
+from kda_lit.chunk_delta_h import chunk_scan, chunk_scan_bwd, new_values
 from kda_lit.chunk_o import read_out, scalar_decay_scores, scores_bwd, writes_bwd
 from kda_lit.fused_recurrent import recurrent_bwd, recurrent_fwd
 
@@ -50,7 +50,9 @@ def walk(w, u, kg, decay, S, offsets):
 @pytest.mark.parametrize("lens, size", [(LENS[0], size) for size in SIZES] + [(lens, (16, 20, 30)) for lens in LENS], ids=str)
 def test_walk(backend, lens, size):
     _, kg, w, decay, u, _, S, _, offsets = walk_inputs(backend, lens, *size)
-    close(backend(chunk_scan, w, u, kg, decay, S, offsets), walk(w, u, kg, decay, S, offsets), 32 * backend.eps)
+    h, v_new, final = walk(w, u, kg, decay, S, offsets)
+    close(backend(chunk_scan, w, u, kg, decay, S, offsets), (h, v_new, final), 32 * backend.eps)
+    assert distance(backend(new_values, w, u, backend.rounded(h)).cpu(), v_new) < 32 * backend.eps
 
 
 @pytest.mark.parametrize("lens, size", [(LENS[0], size) for size in SIZES] + [(lens, (16, 20, 30)) for lens in LENS], ids=str)
