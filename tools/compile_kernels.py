@@ -4,7 +4,7 @@
     python tools/compile_kernels.py --capability 80 # for an A100
 
 The interpreter takes what the compiler refuses, so this is the second half of a test without a GPU. The launches are those
-of tests/test_equations.py; of launches that differ in sizes only, the one with the largest blocks is compiled.
+of tests/test_equations*.py; of launches that differ in sizes only, the one with the largest blocks is compiled.
 """
 import argparse
 import json
@@ -48,7 +48,8 @@ def record():
     import pytest
     recorder, output = Recorder(), os.dup(1)
     os.dup2(2, 1)                                                        # what pytest prints
-    failed = pytest.main([str(ROOT / "tests" / "test_equations.py"), "-q", "-k", "triton"], plugins=[recorder])
+    files = map(str, (ROOT / "tests").glob("test_equations*.py"))
+    failed = pytest.main([*files, "-q", "-k", "triton"], plugins=[recorder])
     os.write(output, json.dumps([(key[0], *launch) for key, launch in recorder.launches.items()]).encode())
     sys.exit(failed)
 
@@ -92,10 +93,10 @@ def main():
     env = os.environ | {"TRITON_INTERPRET": "1"}
     launches = json.loads(subprocess.run([sys.executable, __file__, "--record"], env=env, check=True, stdout=subprocess.PIPE).stdout)
     os.environ["TRITON_INTERPRET"] = "0"
-    print(f"{'kernel':24}{'constants':44}registers  stack  shared")
+    print(f"{'kernel':28}{'constants':44}registers  stack  shared")
     for name, types, sizes, flags in launches:
         registers, stack, shared = compile_one(name, types, sizes | flags, args.capability)
-        print(f"{name:24}{' '.join(f'{k}={v}' for k, v in (sizes | flags).items()):44}{registers:9}{stack:7}{shared:8}")
+        print(f"{name:28}{' '.join(f'{k}={v}' for k, v in (sizes | flags).items()):44}{registers:9}{stack:7}{shared:8}")
 
 
 if __name__ == "__main__":
