@@ -21,8 +21,9 @@ from .chunk_o import read_out
 from .cumsum import since_start, since_start_bwd, until_end
 from .gate import resolve_gates
 from .l2norm import l2norm_bwd, l2norm_fwd
+from .solve_tril import unit_lower_inverse_bwd
 from .utils import check_inputs, compute_dtype, first_chunks, from_chunks
-from .utils import require, share_heads, to_chunks
+from .utils import keep_backend, require, share_heads, to_chunks
 from .wy_fast import wy_vectors, wy_vectors_bwd
 
 # %% ../nbs/30_chunk.ipynb #c006
@@ -100,9 +101,10 @@ def backward_chunks(
     v_new, decay = p.u - p.w @ h, p.since[..., -1, :]
     dh, du, dS0 = chunk_scan_bwd(p.qg, p.kg, p.w, decay, do, Aqk.mT @ do, dS, offsets)
     dq, dk, dw, dg = inter_chunk_bwd(q, k, v_new, h, p.since, p.until, do, dh, du, scale)
-    dke, dv, dbeta, dL = wy_vectors_bwd(p.ke, v, beta, Akk, dw, du)
+    dke, dv, dbeta, dA = wy_vectors_bwd(p.ke, v, beta, Akk, dw, du)
     dk_wy, dg_wy = dke * p.since, since_start_bwd(p.ke * dke)
-    dq_in, dk_in, dg_in, dbeta_in = intra_chunk_bwd(q, k, g, beta, scale, do @ v_new.mT, dL)
+    dAqk, dL = do @ v_new.mT, unit_lower_inverse_bwd(Akk, dA)
+    dq_in, dk_in, dg_in, dbeta_in = intra_chunk_bwd(q, k, g, beta, scale, dAqk, dL)
     return (dq + dq_in, dk + dk_wy + dk_in, dv, dg + dg_wy + dg_in, dbeta + dbeta_in, dS0)
 
 # %% ../nbs/30_chunk.ipynb #c017
@@ -183,6 +185,7 @@ def take_turns(
             for h in range(0, H, few)]
 
 # %% ../nbs/30_chunk.ipynb #c023
+@keep_backend
 class ChunkKDAFunction(torch.autograd.Function):
     """chunk_kda_fwd and chunk_kda_bwd as one differentiable step.
     Returns o, the final states, and the states on entry to each chunk, which carry no

@@ -12,10 +12,11 @@ from torch import Tensor
 from .chunk_intra import per_token, per_token_bwd
 from .chunk_o import check_states
 from .cumsum import since_start, since_start_bwd, until_end, until_end_bwd
-from .utils import check_cu_seqlens, check_shapes, compute_dtype, from_chunks
-from .utils import share_heads, to_chunks
+from .utils import check_cu_seqlens, check_shapes, compute_dtype, dispatch
+from .utils import from_chunks, share_heads, to_chunks
 
 # %% ../nbs/22_chunk_inter.ipynb #c006
+@dispatch
 def inter_chunk_bwd(
     q: Tensor,  # queries, [..., C, K]
     k: Tensor,  # keys, [..., C, K]

@@ -12,10 +12,11 @@ from torch import Tensor
 from .chunk_intra import per_token
 from .cumsum import since_start, until_end
 from .solve_tril import unit_lower_inverse_bwd
-from .utils import check_cu_seqlens, check_shapes, compute_dtype, from_chunks
-from .utils import share_heads, to_chunks
+from .utils import check_cu_seqlens, check_shapes, compute_dtype, dispatch
+from .utils import from_chunks, share_heads, to_chunks
 
 # %% ../nbs/11_wy_fast.ipynb #c014
+@dispatch
 def wy_vectors(
     ke: Tensor,  # keys faded since the chunk's start, k e^G, [..., C, K]
     v: Tensor,  # values, [..., C, V]
@@ -54,6 +55,7 @@ def recompute_w_u_fwd(
     return sew(w), sew(u), qg, kg
 
 # %% ../nbs/11_wy_fast.ipynb #c027
+@dispatch
 def wy_vectors_bwd(
     ke: Tensor,  # k e^G, [..., C, K]
     v: Tensor,  # [..., C, V]
@@ -61,13 +63,11 @@ def wy_vectors_bwd(
     A: Tensor,  # (I + L)⁻¹, [..., C, C]
     dw: Tensor,  # gradient of w, [..., C, K]
     du: Tensor,  # gradient of u, [..., C, V]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # of ke, v, beta, and of L [..., C, C]
-    """Gradient of the WY vectors and of the solve behind them, equation 5.
-    Source: Eq. 6-7, differentiated"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # of ke, v, beta, and of A [..., C, C]
+    "Gradient of the WY vectors, equation 5. Source: Eq. 7, differentiated"
     b, dkb, dvb = beta[..., None], A.mT @ dw, A.mT @ du
     dA = dw @ (b * ke).mT + du @ (b * v).mT
-    dbeta = (dkb * ke).sum(-1) + (dvb * v).sum(-1)
-    return b * dkb, b * dvb, dbeta, unit_lower_inverse_bwd(A, dA)
+    return b * dkb, b * dvb, (dkb * ke).sum(-1) + (dvb * v).sum(-1), dA
 
 # %% ../nbs/11_wy_fast.ipynb #c035
 def prepare_wy_repr_bwd(
@@ -91,7 +91,7 @@ def prepare_wy_repr_bwd(
     cut = lambda x: to_chunks(share_heads(x.to(dtype), n["HV"]), cu_seqlens, n["C"])
     k, v, beta, G, A, dw, du = map(cut, (k, v, beta, gk, A, dw, du))
     faded = G.exp()
-    dke, dv, dbeta, dL = wy_vectors_bwd(k * faded, v, beta, A, dw, du)
-    dk = dke * faded
+    dke, dv, dbeta, dA = wy_vectors_bwd(k * faded, v, beta, A, dw, du)
+    dk, dL = dke * faded, unit_lower_inverse_bwd(A, dA)
     grads = dk, dv, dbeta, dk * k, dL               # e^G brings itself down: dG = k dk
     return tuple(from_chunks(x, cu_seqlens, n["B"], n["T"]) for x in grads)
