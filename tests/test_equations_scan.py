@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from helpers import NAMES, borders, distance, draw, gradients, recurrence_packed
-from kda_lit import (chunk_bwd_dv_local, chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h, chunk_gla_bwd_dA,
-                     chunk_gla_fwd_o_gk, fused_recurrent_gated_delta_rule, fused_recurrent_kda)
+from kda_lit import (chunk_bwd_dv_local, chunk_gated_delta_rule, chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h,
+                     chunk_gla_bwd_dA, chunk_gla_fwd_o_gk, chunk_kda, fused_recurrent_gated_delta_rule, fused_recurrent_kda)
 from kda_lit.chunk_delta_h import chunk_scan, chunk_scan_bwd, new_values
 from kda_lit.chunk_o import read_out, scalar_decay_scores, scores_bwd, writes_bwd
 from kda_lit.fused_recurrent import recurrent_bwd, recurrent_fwd
@@ -157,13 +157,13 @@ def test_tokens(backend, lens, size):
     assert torch.equal(backend(recurrent_fwd, *flat, x["initial_state"], offsets, 0)[1], S)
 
 
-@pytest.mark.parametrize("op", [fused_recurrent_kda, fused_recurrent_gated_delta_rule])
-def test_operators_by_token(backend, op):
+@pytest.mark.parametrize("op", [fused_recurrent_kda, fused_recurrent_gated_delta_rule, chunk_kda, chunk_gated_delta_rule])
+def test_operators(backend, op):
     "Grouped heads, unit length inside, a ragged pack with an empty sequence, states in and out, all gradients."
     lens = [2, 0, 9]
     x, cu_seqlens = draw(1, sum(lens), H=2, HV=4, K=6, V=20, N=len(lens)), borders(lens)
     x["q"], x["k"] = 3 * x["q"], 0.5 * x["k"]
-    if op is fused_recurrent_gated_delta_rule: x["g"] = x["g"][..., 0].clone()
+    if op in (fused_recurrent_gated_delta_rule, chunk_gated_delta_rule): x["g"] = x["g"][..., 0].clone()
     x = {name: backend.rounded(t) for name, t in x.items()}
     do, dS = backend.rounded(normal(*x["v"].shape)), backend.rounded(normal(*x["initial_state"].shape))
     unit = lambda t: t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt()
