@@ -184,6 +184,18 @@ def safe_exp(x: Tensor) -> Tensor:
     Source: fla/ops/utils/op.py safe_exp"""
     return x.masked_fill(x > 0, float("-inf")).exp()
 
+# %% ../nbs/00_utils.ipynb #tensor-descriptor
+def __getattr__(name):
+    """`make_tensor_descriptor`, Triton's own; ImportError where Triton is missing or old.
+    Source: fla/ops/utils/op.py make_tensor_descriptor"""
+    here = f"module {__name__!r} has no attribute {name!r}"
+    if name != "make_tensor_descriptor": raise AttributeError(here)
+    try: from triton.language import make_tensor_descriptor
+    except ImportError as e:
+        needs = "`make_tensor_descriptor` must be imported from Triton ≥ 3.4, got"
+        raise ImportError(f"{needs} {e}; pip install 'triton>=3.4'") from e
+    return make_tensor_descriptor
+
 # %% ../nbs/00_utils.ipynb #c038
 def prepare_lens(cu_seqlens: Tensor) -> Tensor:  # [N+1] → lengths [N]
     "Length of each sequence. Source: fla/ops/utils/index.py prepare_lens"
