@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .utils import check_float_tensor, compute_dtype, operator, require
+from .utils import check_float_tensor, check_like, compute_dtype, operator, require
 
 # %% ../nbs/06_gate.ipynb #c009
 def kda_gate_ref(
@@ -94,8 +94,11 @@ def kda_gate_bwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # dg, dA, dg_bias, db
     """Gradients of both gates, equations 3 and 4.
     Each is shaped like its input, and None where there is none.
+    Raises ValueError for a wrong shape.
     Source: f of §4, differentiated; fla/ops/kda/gate.py kda_gate_bwd"""
     x = split_gate(g, head_k_dim, g_bias)
+    check_like("dy", dy, x.shape)
+    if b is not None: check_like("gb", gb, b.shape)
     rate, dy = split_rate(A, x), dy.to(x.dtype)
     if lower_bound is None:
         slope = torch.where(beta * x > threshold, 1.0, (beta * x).sigmoid())

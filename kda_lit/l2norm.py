@@ -9,7 +9,7 @@ __all__ = ['l2norm_fwd', 'l2norm', 'l2norm_bwd']
 import torch
 from torch import Tensor
 
-from .utils import check_float_tensor, compute_dtype, operator
+from .utils import check_float_tensor, check_like, compute_dtype, operator
 
 # %% ../nbs/03_l2norm.ipynb #c010
 @operator
@@ -43,8 +43,11 @@ def l2norm_bwd(
     dy: Tensor,  # gradient of y, [..., D]
     eps: float = 1e-6,  # as in the forward; already contained in rstd
 ) -> Tensor:  # gradient of x, [..., D] in y's dtype
-    """Gradient of `l2norm_fwd`, equation 3.
+    """Gradient of `l2norm_fwd`, equation 3. Raises ValueError for a wrong shape.
     Source: Eq. 10, differentiated; fla/modules/l2norm.py l2norm_bwd"""
+    check_float_tensor("y", y)
+    check_like("dy", dy, y.shape)
+    check_like("rstd", rstd, y.shape[:-1])
     dtype = compute_dtype(y, dy)
     y_wide, dy = y.to(dtype), dy.to(dtype)
     along = (y_wide * dy).sum(-1, keepdim=True)
