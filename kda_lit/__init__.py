@@ -1,8 +1,8 @@
 """Kimi Delta Attention, explained by building it. Every public name of the notebooks is importable from here.
 
 This file is written by hand; nbdev keeps only the version. `l2norm` and `solve_tril` are functions that are called like
-their modules, so the modules are imported now and their names put over them. What needs transformers waits until it is
-asked for.
+their modules, so the modules are imported now and their names put over them. What needs transformers or Triton waits
+until it is asked for.
 """
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ from .gated_deltanet import *
 from .kimi_linear import *
 
 _LATER = dict.fromkeys(("KDAConfig", "KDABlock", "KDAPreTrainedModel", "KDAModel", "KDAForCausalLM"), ".model")
+_LATER["make_tensor_descriptor"] = ".utils"
 
 
 def __getattr__(name):

@@ -22,8 +22,8 @@ from .cumsum import since_start, since_start_bwd, until_end
 from .gate import resolve_gates
 from .l2norm import l2norm_bwd, l2norm_fwd
 from .solve_tril import unit_lower_inverse_bwd
-from .utils import check_inputs, compute_dtype, first_chunks, from_chunks
-from .utils import keep_backend, require, share_heads, to_chunks
+from .utils import check_inputs, check_shapes, compute_dtype, first_chunks
+from .utils import from_chunks, keep_backend, require, share_heads, to_chunks
 from .wy_fast import wy_vectors, wy_vectors_bwd
 
 # %% ../nbs/30_chunk.ipynb #c006
@@ -134,8 +134,9 @@ def chunk_kda_fwd(
     cu_seqlens: Tensor | None = None,  # [N+1]
     chunk_size: int = 64,
 ) -> tuple[Tensor, Forward]:  # o [B, T, HV, V] in v's dtype; all that it took, in chunks
-    """KDA's forward pass, equation 1, without checks and without autograd.
+    """KDA's forward pass, equation 1, without autograd. Errors as in `chunk_kda`.
     Source: Eq. 6-9; fla/ops/kda/chunk.py chunk_kda_fwd"""
+    check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
     B, T = v.shape[:2]
     inputs = cut_inputs(q, k, v, g, beta, cu_seqlens, chunk_size)
     S = states_or_zeros(initial_state, cu_seqlens, k, v)
@@ -159,8 +160,11 @@ def chunk_kda_bwd(
     chunk_size: int = 64,
     prepared: Prepared | None = None,  # from the forward pass; None: computed again
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # dq, dk, dv, dg, dbeta, dh0
-    """KDA's backward pass, each gradient shaped like its input; without checks.
+    """KDA's backward pass, each gradient shaped like its input. Errors as in `chunk_kda`.
     Source: Eq. 6-9, differentiated; fla/ops/kda/chunk.py chunk_kda_bwd"""
+    n = dict(check_inputs(q, k, v, g, beta, None, cu_seqlens), C=chunk_size)
+    check_shapes(n, Aqk=(Aqk, "NT HV C C"), Akk=(Akk, "NT HV C C"), h=(h, "NT HV K V"),
+                 do=(do, "B T HV V"), dht=(dht, "? N HV K V"))
     (B, T, H), dtype = q.shape[:3], compute_dtype(q, k, v, g, beta)
     inputs = cut_inputs(q, k, v, g, beta, cu_seqlens, chunk_size)
     if prepared is None: prepared = prepare_chunks(*inputs, scale, Akk)

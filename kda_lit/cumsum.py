@@ -70,6 +70,7 @@ def chunk_local_cumsum_scalar(
     **kwargs,  # as in `chunk_local_cumsum`
 ) -> Tensor:  # [B, T, H]
     "Source: fla/ops/utils/cumsum.py chunk_local_cumsum_scalar"
+    check_float_tensor("g", g)
     require(g.ndim == 3, "g", "of shape [B, T, H]", list(g.shape))
     return chunk_local_cumsum(g, chunk_size, **kwargs)
 
@@ -80,6 +81,7 @@ def chunk_local_cumsum_vector(
     **kwargs,  # as in `chunk_local_cumsum`
 ) -> Tensor:  # [B, T, H, S]
     "Source: fla/ops/utils/cumsum.py chunk_local_cumsum_vector"
+    check_float_tensor("g", g)
     require(g.ndim == 4, "g", "of shape [B, T, H, S]", list(g.shape))
     return chunk_local_cumsum(g, chunk_size, **kwargs)
 

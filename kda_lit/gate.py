@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .utils import check_float_tensor, compute_dtype, dispatch, keep_backend, require
+from .utils import check_float_tensor, check_like, compute_dtype, dispatch
+from .utils import keep_backend, require
 
 # %% ../nbs/06_gate.ipynb #decay-gate
 @dispatch
@@ -135,8 +136,11 @@ def kda_gate_bwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # dg, dA, dg_bias, db
     """Gradients of both gates, equations 3 and 4.
     Each is shaped like its input, and None where there is none.
+    Raises ValueError for a wrong shape.
     Source: f of §4, differentiated; fla/ops/kda/gate.py kda_gate_bwd"""
     check_gate(g, A, head_k_dim, g_bias, lower_bound)
+    check_like("dy", dy, (*g.shape[:-1], g.shape[-1] // head_k_dim, head_k_dim))
+    if b is not None: check_like("gb", gb, b.shape)
     dz, dA, dbias = decay_gate_bwd(dy, g, A, g_bias, head_k_dim, beta, threshold, lower_bound)
     like = lambda d, x: None if x is None else d.view_as(x).to(x.dtype)
     y = strength(b)

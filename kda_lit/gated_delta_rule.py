@@ -10,15 +10,16 @@ from torch import Tensor
 
 from .chunk import chunk_kda
 from .fused_recurrent import fused_recurrent_kda
-from .utils import check_shapes
+from .utils import check_shapes, compute_dtype
 
 # %% ../nbs/32_gated_delta_rule.ipynb #c012
 def per_channel(
     q: Tensor,  # [B, T, H, K]
     g: Tensor,  # one log-decay a head, [B, T, HV]
-) -> Tensor:  # [B, T, HV, K], a view
+) -> Tensor:  # [B, T, HV, K], a view of g in the dtype of computation
     "The same log-decay for every channel. ValueError if g is not [B, T, HV]."
     check_shapes(q=(q, "B T H K"), g=(g, "B T HV"))
+    g = g.to(compute_dtype(g))          # so that gradients are summed before they are rounded
     return g[..., None].expand(*g.shape, q.shape[-1])
 
 # %% ../nbs/32_gated_delta_rule.ipynb #c013

@@ -9,7 +9,8 @@ __all__ = ['unit_rows', 'l2norm_fwd', 'unit_rows_bwd', 'l2norm_bwd', 'L2NormFunc
 import torch
 from torch import Tensor
 
-from .utils import check_float_tensor, compute_dtype, dispatch, keep_backend
+from .utils import check_float_tensor, check_like, compute_dtype, dispatch
+from .utils import keep_backend
 
 # %% ../nbs/03_l2norm.ipynb #c010
 @dispatch
@@ -54,8 +55,11 @@ def l2norm_bwd(
     dy: Tensor,  # gradient of y, [..., D]
     eps: float = 1e-6,  # as in the forward; already contained in rstd
 ) -> Tensor:  # gradient of x, [..., D] in y's dtype
-    """Gradient of `l2norm_fwd`, equation 3.
+    """Gradient of `l2norm_fwd`, equation 3. Raises ValueError for a wrong shape.
     Source: Eq. 10, differentiated; fla/modules/l2norm.py l2norm_bwd"""
+    check_float_tensor("y", y)
+    check_like("dy", dy, y.shape)
+    check_like("rstd", rstd, y.shape[:-1])
     return unit_rows_bwd(y, rstd, dy)
 
 # %% ../nbs/03_l2norm.ipynb #function

@@ -154,6 +154,50 @@ def test_without_decay_a_repeated_key_is_overwritten():
     assert distance(o, v) < 1e-12
 
 
+@pytest.mark.parametrize("op", OPERATORS + SCALAR)
+def test_without_decay_it_is_deltanet(op):
+    "S = (I − β k kᵀ) S + β k vᵀ, with explicit matrices."
+    x = draw(1, 70, H=1, K=5, V=4, decay=0.)
+    S, I, want = x["initial_state"][0, 0], torch.eye(5, dtype=F64), []
+    for q, k, v, b in zip(*(x[name][0, :, 0] for name in ("q", "k", "v", "beta"))):
+        S = (I - b * torch.outer(k, k)) @ S + b * torch.outer(k, v)
+        want.append(q @ S)
+    if op in SCALAR: x["g"] = x["g"][..., 0]
+    o, got_S = op(**x, scale=1., output_final_state=True)
+    assert distance(o[0, :, 0], torch.stack(want)) < 1e-13 and distance(got_S[0, 0], S) < 1e-13
+
+
+def gated_linear_attention(q, k, v, g, beta, initial_state):
+    "S = Diag(α) S + β k vᵀ: nothing is looked up before it is written."
+    S, out = initial_state[0, 0], []
+    for q, k, v, g, b in zip(*(x[0, :, 0] for x in (q, k, v, g, beta))):
+        S = g.exp()[:, None] * S + b * torch.outer(k, v)
+        out.append(q @ S)
+    return torch.stack(out), S
+
+
+def test_without_the_erase_term_the_pieces_are_gated_linear_attention():
+    "Tokens that take nothing out (w = 0) and put in what they have (u = β v): what is left of the chain."
+    x = draw(1, 150, H=1, K=8, V=5)
+    G = kl.chunk_local_cumsum(x["g"], 64, output_dtype=F64)
+    Aqk, Akk = kl.chunk_kda_fwd_intra(x["q"], x["k"], G, 0 * x["beta"], 1., output_dtype=F64)   # nothing erased: the identity
+    w, u, _, kg = kl.recompute_w_u_fwd(x["k"], x["v"], x["beta"], Akk, x["q"], G)
+    h, v_new, S = kl.chunk_gated_delta_rule_fwd_h(kg, 0 * w, u, gk=G, initial_state=x["initial_state"], output_final_state=True)
+    o, (want, want_S) = kl.chunk_gla_fwd_o_gk(x["q"], v_new, G, Aqk, h, 1.), gated_linear_attention(**x)
+    assert distance(o[0, :, 0], want) < 1e-13 and distance(S[0, 0], want_S) < 1e-13
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_weak_writes_of_large_values_tend_to_gated_linear_attention(op):
+    "β v stays, β k kᵀ goes: as β falls by ten, so does the distance."
+    x = draw(1, 70, H=1, K=8, V=5)
+    x["initial_state"] = torch.zeros_like(x["initial_state"])
+    want, _ = gated_linear_attention(**x)
+    far = [distance(op(**x | dict(v=x["v"] / weak, beta=weak * x["beta"]), scale=1.)[0][0, :, 0], want)
+           for weak in (1e-3, 1e-4)]
+    assert far[0] < 2e-3 and 9.9 < far[0] / far[1] < 10.1
+
+
 def test_orthogonal_keys_make_it_gated_linear_attention():
     "Nothing to correct: o_t = Σ_i (q_t ⊙ k_i ⊙ e^(G_t − G_i)) β_i v_i."
     x = draw(1, 40, H=1, K=40, V=3, N=1)

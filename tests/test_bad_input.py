@@ -7,6 +7,7 @@ from torch import ones, tensor
 
 import kda_lit as kl
 from helpers import NAMES, draw
+from test_import import PUBLIC
 
 X = draw(2, 7, H=2, HV=4, K=8, V=6, dtype=torch.float32)            # a right call, in a batch …
 P = draw(1, 7, H=2, HV=4, K=8, V=6, N=2, dtype=torch.float32)       # … and packed
@@ -127,6 +128,8 @@ CALLS = {  # what is wrong: the call, the error, words of its message
     "q_len": (lambda: kl.unpad_input(ones(2, 3, 4), (), ones(2, 5), 4), ValueError, "`q`", "q_len = 4", "got 3"),
     "states too short": (lambda: kl.unpad_input(ones(2, 5, 4), (ones(2, 4, 4),), ones(2, 5), 5),
                          ValueError, "`states`", "5", "4"),
+    "unpadding by a 3-D mask": (lambda: kl.unpad_input(ones(2, 5, 4), (), ones(2, 5, 5), 5), ValueError, "`attention_mask`",
+                                "[B, T]", "[2, 5, 5]"),
     "padding side": (lambda: kl.pack_sequence(*padded(5), "up"), ValueError, "`padding_side`", "'left' or 'right'", "'up'"),
     "rows too short": (lambda: kl.pack_sequence(*padded(3)), ValueError, "`x`", "5", "3"),
     "width too small": (lambda: kl.unpack_sequence(ones(1, 7, 3), tensor([0, 5, 7]), desired_shape=(2, 3, 3)),
@@ -345,3 +348,69 @@ def test_checkpoint_for_another_kind_of_layer():
     refuses(lambda: kl.load_kimi_linear_kda(released(), kl.GatedDeltaNet(**LAYER), prefix=PREFIX), TypeError, "`layer`",
             "KimiDeltaAttention", "GatedDeltaNet")
     refuses(lambda: kl.load_kimi_linear_kda({}, make_layer()), ValueError, "`state_dict`", "no A_log")
+
+
+# ---- each public operator refuses
+
+C = torch.zeros(2, 4, 64, 64)                                       # a chunk's matrices, as chunk_kda_fwd lays them out
+STATE = torch.zeros(2, 4, 8, 6)
+
+
+def with_k_of(heads, op): return lambda: op(**X | dict(k=ones(2, 7, heads, 8)))
+
+
+EACH = {  # name: the call, the error, words of its message
+    "chunk_local_cumsum": (lambda: kl.chunk_local_cumsum(X["g"], 64, cu_seqlens=tensor([0, 7])), ValueError, "batch size 1", "2"),
+    "chunk_local_cumsum_scalar": (lambda: kl.chunk_local_cumsum_scalar([0.], 64), TypeError, "`g`", "a tensor", "list"),
+    "chunk_local_cumsum_vector": (lambda: kl.chunk_local_cumsum_vector(X["g"], -1), ValueError, "`chunk_size`", "-1"),
+    "chunk_global_cumsum": (lambda: kl.chunk_global_cumsum(ints(X["g"])), TypeError, "`s`", "float32", "int64"),
+    "solve_tril": (lambda: kl.solve_tril(ints(A)), TypeError, "`A`", "float32", "int64"),
+    "l2norm": (lambda: kl.l2norm([1.]), TypeError, "`x`", "a tensor", "list"),
+    "l2norm_fwd": (lambda: kl.l2norm_fwd(None), TypeError, "`x`", "a tensor", "NoneType"),
+    "l2norm_bwd": (lambda: kl.l2norm_bwd(X["q"], X["q"][..., 0], X["k"][:1]), ValueError, "`dy`", "[2, 7, 2, 8]", "[1, 7, 2, 8]"),
+    "naive_recurrent_kda": (with_k_of(3, kl.naive_recurrent_kda), ValueError, "`k`", "[2, 7, 2, 8]", "[2, 7, 3, 8]"),
+    "naive_chunk_kda": (with_k_of(3, kl.naive_chunk_kda), ValueError, "`k`", "[2, 7, 2, 8]", "[2, 7, 3, 8]"),
+    "kda_gate_ref": (lambda: kl.kda_gate_ref(ones(3, 16), ones(2), 5), ValueError, "`g`", "K = 5", "16"),
+    "kda_gate_fwd": (lambda: kl.kda_gate_fwd(ones(3, 16), ones(3), 8), ValueError, "`A`", "[2]", "[3]"),
+    "kda_gate_bwd": (lambda: kl.kda_gate_bwd(ones(3, 16), ones(3, 16), ones(2), 8), ValueError, "`dy`", "[3, 2, 8]", "[3, 16]"),
+    "fused_kda_gate": (lambda: gate(lower_bound=0.), ValueError, "`lower_bound`", "below 0", "0.0"),
+    "chunk_kda_fwd_intra": (lambda: kl.chunk_kda_fwd_intra(X["q"], X["k"], X["g"], X["g"], 1.),
+                            ValueError, "`beta`", "[2, 7, 4]", "[2, 7, 4, 8]"),
+    "chunk_kda_bwd_intra": (lambda: kl.chunk_kda_bwd_intra(X["q"], X["k"], X["g"], X["beta"], A, A[..., :32], *[X["g"]] * 4),
+                            ValueError, "`dAkk`", "[2, 7, 4, 64]", "[2, 7, 4, 32]"),
+    "recompute_w_u_fwd": (lambda: kl.recompute_w_u_fwd(X["k"], X["v"], X["g"], A), ValueError, "`beta`", "[2, 7, 4]"),
+    "prepare_wy_repr_bwd": (lambda: kl.prepare_wy_repr_bwd(X["k"], X["v"], X["beta"], X["g"], A, X["g"], X["g"]),
+                            ValueError, "`du`", "[2, 7, 4, 6]", "[2, 7, 4, 8]"),
+    "chunk_gated_delta_rule_fwd_h": (lambda: kl.chunk_gated_delta_rule_fwd_h(X["g"], X["g"], X["v"], g=X["g"]),
+                                     ValueError, "`g`", "[2, 7, 4]", "[2, 7, 4, 8]"),
+    "chunk_gated_delta_rule_bwd_dhu": (
+        lambda: kl.chunk_gated_delta_rule_bwd_dhu(X["g"], X["g"], X["g"], X["v"], X["v"], dht=STATE.mT),
+        ValueError, "`dht`", "[2, 4, 8, 6]", "[2, 4, 6, 8]"),
+    "chunk_gla_fwd_o_gk": (lambda: kl.chunk_gla_fwd_o_gk(X["q"], X["v"], X["g"], A, STATE, 1.), ValueError, "`h`", "[2, 4, 8, 6]"),
+    "chunk_gla_bwd_dA": (lambda: kl.chunk_gla_bwd_dA(X["v"], X["g"], 1.), ValueError, "`do`", "[2, 7, 4, 6]", "[2, 7, 4, 8]"),
+    "chunk_bwd_dv_local": (lambda: kl.chunk_bwd_dv_local(X["g"], X["g"], X["v"], A=A, chunk_size=32),
+                           ValueError, "`A`", "[2, 7, 4, 32]", "[2, 7, 4, 64]"),
+    "chunk_kda_bwd_dqkwg": (
+        lambda: kl.chunk_kda_bwd_dqkwg(X["q"], X["k"], X["g"], X["v"], H_STATES, X["g"], X["v"], H_STATES[:, :, :2], X["v"]),
+        ValueError, "`dh`", "[2, 1, 4, 8, 6]", "[2, 1, 2, 8, 6]"),
+    "chunk_kda": (lambda: kl.chunk_kda(**X, chunk_size=16), ValueError, "`chunk_size`", "32 or 64", "16"),
+    "chunk_kda_fwd": (lambda: kl.chunk_kda_fwd(*(X[name] for name in NAMES), 1., STATE[:1]), ValueError, "`initial_state`",
+                      "[2, 4, 8, 6]", "[1, 4, 8, 6]"),
+    "chunk_kda_bwd": (lambda: kl.chunk_kda_bwd(*(X[name] for name in NAMES), 1., C, C[..., :32], STATE, X["v"]),
+                      ValueError, "`Akk`", "[2, 4, 64, 64]", "[2, 4, 64, 32]"),
+    "trace_kda": (with_k_of(3, kl.trace_kda), ValueError, "`k`", "[2, 7, 2, 8]", "[2, 7, 3, 8]"),
+    "fused_recurrent_kda": (lambda: kl.fused_recurrent_kda(**X, cu_seqlens=tensor([0, 7])), ValueError, "batch size 1", "2"),
+    "chunk_gated_delta_rule": (lambda: kl.chunk_gated_delta_rule(**X), ValueError, "`g`", "[2, 7, HV]", "[2, 7, 4, 8]"),
+    "fused_recurrent_gated_delta_rule": (lambda: kl.fused_recurrent_gated_delta_rule(**X | dict(g=X["g"][:, :, :3, 0])),
+                                         ValueError, "`g`", "multiple of H = 2", "3"),
+}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_each_operator(name): refuses(*EACH[name])
+
+
+def test_no_operator_is_left_out():
+    operators = "cumsum solve_tril l2norm naive gate chunk_intra wy_fast chunk_delta_h chunk_o chunk_inter chunk fused_recurrent"
+    names = {name for module in f"{operators} gated_delta_rule".split() for name in PUBLIC[module].split()}
+    assert names - EACH.keys() == {"KDAGateFunction", "ChunkKDAFunction"}       # what autograd is told; functions stand before

@@ -141,9 +141,29 @@ def test_near_duplicate_keys(noise, beta):
 @pytest.mark.parametrize("size, most", [(1.4, 1.0), (2.0, 0.45), (4.0, 0.1), (0.0, 1.0)])
 def test_keys_that_are_not_unit_vectors(size, most):
     "As long as beta |k|² stays below 2, the recurrence is stable, and so must its chunks be."
+    as_good_as(naive_recurrent_kda, long_keys(size, most), 8)
+
+
+def long_keys(size, most):
     x = draw(2, 130, decay=-0.1)
-    x["k"], x["beta"] = size * x["k"], most * x["beta"]
-    as_good_as(naive_recurrent_kda, x, 8)
+    return x | dict(k=size * x["k"], beta=most * x["beta"])
+
+
+HARD_KEYS = {"equal": near_duplicates(0., 1.), "nearly equal": near_duplicates(1e-3, 1.), "mirrored": near_duplicates(0.1, 2.),
+             "beta up to 2": draw(2, 130) | dict(beta=2 * draw(2, 130)["beta"]), "length 1.4": long_keys(1.4, 1.0),
+             "length 4": long_keys(4.0, 0.1), "zero": long_keys(0.0, 1.0)}
+
+
+@pytest.mark.parametrize("x", HARD_KEYS.values(), ids=HARD_KEYS)
+def test_hard_keys_gradients(x):
+    "In float32 at most ten times as far off as autograd through the naive chunks, and a few roundings."
+    x = cast(x, torch.float32)
+    do, dS = torch.randn_like(x["v"]), torch.randn_like(x["initial_state"])
+    want = gradients(naive_recurrent_kda, cast(x, torch.float64), do.double(), dS.double())
+    got, plain = (gradients(op, x, do, dS) for op in (chunk_kda, naive_chunk_kda))
+    for name in want:
+        assert distance(got[name], want[name]) <= 10 * distance(plain[name], want[name]) + 32 * EPS, name
+        if name != "g": assert distance(got[name], want[name]) < 1e-3, name
 
 
 # ---- gradients

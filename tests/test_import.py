@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib import import_module
 from operator import attrgetter
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -146,6 +147,18 @@ def test_signatures(name):
     assert len(both) == len(theirs)
     for want, got in both: assert (got.name, got.default) == (want.name, want.default)
     assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in ours[len(both):])
+
+
+def test_make_tensor_descriptor_is_tritons():
+    "Handed on when it is asked for; without Triton the error says what to install."
+    assert "make_tensor_descriptor" in dir(kda_lit)
+    with pytest.raises(ImportError, match="pip install 'triton"): without_triton()
+    language = pytest.importorskip("triton.language")
+    for home in (kda_lit, kda_lit.utils): assert home.make_tensor_descriptor is language.make_tensor_descriptor
+
+
+def without_triton():
+    with patch.dict(sys.modules, {"triton": None, "triton.language": None}): return kda_lit.make_tensor_descriptor
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -95,6 +95,9 @@ def test_states_with_values_first(op):
     turned = dict(x, initial_state=x["initial_state"].mT)
     (o, S), (o_t, S_t) = run(op, x), run(op, turned, state_v_first=True)
     assert torch.equal(o, o_t) and torch.equal(S, S_t.mT)
+    if op is chunk_kda:
+        h, h_t = (run(op, y, state_v_first=y is turned, return_intermediate_states=True)[2] for y in (x, turned))
+        assert torch.equal(h, h_t.mT)
     do, dS = upstream(x)
     got = gradients(op, turned, do, dS.mT, state_v_first=True)
     assert distance(got["initial_state"].mT, gradients(op, x, do, dS)["initial_state"]) < 1e-14

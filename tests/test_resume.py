@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from helpers import NAMES, borders, distance, draw
+from helpers import NAMES, borders, distance, draw, gradients
 from kda_lit import (GatedDeltaNet, KDAConfig, KDAForCausalLM, KimiDeltaAttention, chunk_gated_delta_rule, chunk_kda,
                      fused_recurrent_gated_delta_rule, fused_recurrent_kda, naive_recurrent_kda)
 
@@ -73,6 +73,29 @@ def test_gradients_through_the_states(lens):
     grads = lambda o, S: torch.autograd.grad((o, S), list(x.values()), (do, dS), materialize_grads=True)
     whole = grads(*chunk_kda(**x, output_final_state=True, cu_seqlens=borders(totals)))
     for name, a, b in zip(x, grads(*resumed(chunk_kda, x, lens)), whole): assert distance(a, b) < 1e-11, name
+
+
+OPERATORS = [chunk_kda, fused_recurrent_kda, chunk_gated_delta_rule, fused_recurrent_gated_delta_rule]
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@given(cut=st.integers(0, 140), decay=st.sampled_from([None, 0., -20., -500.]), chunk_size=st.sampled_from([32, 64]))
+@settings(max_examples=8)
+def test_gradients_flow_back_through_the_cut(op, cut, decay, chunk_size):
+    "The first piece learns of the second only through the state between them."
+    x = draw(2, 140, HV=4, K=6, V=5, decay=decay)
+    if op in OPERATORS[2:]: x["g"] = x["g"][..., 0].clone()
+    options = dict(chunk_size=chunk_size) if op is chunk_kda else {}
+
+    def in_two(initial_state, output_final_state, **x):
+        first, rest = ({name: t[:, part] for name, t in x.items()} for part in (slice(cut), slice(cut, None)))
+        o, S = op(**first, initial_state=initial_state, output_final_state=True, **options)
+        o_rest, S = op(**rest, initial_state=S, output_final_state=True, **options)
+        return torch.cat([o, o_rest], 1), S
+
+    do, dS = torch.randn_like(x["v"]), torch.randn_like(x["initial_state"])
+    want, got = gradients(op, x, do, dS, **options), gradients(in_two, x, do, dS)
+    for name in want: assert distance(got[name], want[name]) < 1e-11, name
 
 
 @given(cut=st.integers(0, 140), decay=st.sampled_from([0., -1., -80., -500.]))
