@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunk_delta_h import by_rows, chunk_scan, chunk_scan_bwd
+from .chunk_delta_h import by_rows, chunk_scan, chunk_scan_bwd, new_values
 from .chunk_inter import inter_chunk_bwd
 from .chunk_intra import intra_chunk, intra_chunk_bwd
-from .chunk_o import read_out
+from .chunk_o import read_out, scores_bwd, writes_bwd
 from .cumsum import since_start, since_start_bwd, until_end
 from .gate import resolve_gates
 from .l2norm import l2norm_bwd, l2norm_fwd
@@ -98,12 +98,12 @@ def backward_chunks(
     offsets: Tensor,  # first chunk of each sequence, [N+1]
 ) -> tuple[Tensor, ...]:  # dq, dk, dv, dg, dbeta, dS0
     "The gradient of equation 1. Source: Eq. 6-9, differentiated"
-    v_new, decay = p.u - p.w @ h, p.since[..., -1, :]
-    dh, du, dS0 = chunk_scan_bwd(p.qg, p.kg, p.w, decay, do, Aqk.mT @ do, dS, offsets)
+    v_new, dv_in, decay = new_values(p.w, p.u, h), writes_bwd(Aqk, do), p.since[..., -1, :]
+    dh, du, dS0 = chunk_scan_bwd(p.qg, p.kg, p.w, decay, do, dv_in, dS, offsets)
     dq, dk, dw, dg = inter_chunk_bwd(q, k, v_new, h, p.since, p.until, do, dh, du, scale)
     dke, dv, dbeta, dA = wy_vectors_bwd(p.ke, v, beta, Akk, dw, du)
     dk_wy, dg_wy = dke * p.since, since_start_bwd(p.ke * dke)
-    dAqk, dL = do @ v_new.mT, unit_lower_inverse_bwd(Akk, dA)
+    dAqk, dL = scores_bwd(do, v_new), unit_lower_inverse_bwd(Akk, dA)
     dq_in, dk_in, dg_in, dbeta_in = intra_chunk_bwd(q, k, g, beta, scale, dAqk, dL)
     return (dq + dq_in, dk + dk_wy + dk_in, dv, dg + dg_wy + dg_in, dbeta + dbeta_in, dS0)
 
