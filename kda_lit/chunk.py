@@ -98,8 +98,8 @@ def backward_chunks(
     offsets: Tensor,  # first chunk of each sequence, [N+1]
 ) -> tuple[Tensor, ...]:  # dq, dk, dv, dg, dbeta, dS0
     "The gradient of equation 1. Source: Eq. 6-9, differentiated"
-    v_new, decay, du = new_values(p.w, p.u, h), p.since[..., -1, :], writes_bwd(Aqk, do)
-    dh, du, dS0 = chunk_scan_bwd(p.qg, p.kg, p.w, decay, do, du, dS, offsets)
+    v_new, dv_in, decay = new_values(p.w, p.u, h), writes_bwd(Aqk, do), p.since[..., -1, :]
+    dh, du, dS0 = chunk_scan_bwd(p.qg, p.kg, p.w, decay, do, dv_in, dS, offsets)
     dq, dk, dw, dg = inter_chunk_bwd(q, k, v_new, h, p.since, p.until, do, dh, du, scale)
     dke, dv, dbeta, dA = wy_vectors_bwd(p.ke, v, beta, Akk, dw, du)
     dk_wy, dg_wy = dke * p.since, since_start_bwd(p.ke * dke)
