@@ -1,10 +1,12 @@
 """States that walk, from chunk to chunk and from token to token, and what is read from them: in PyTorch and in Triton."""
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import DEVICE
 from helpers import NAMES, borders, distance, draw, gradients, recurrence_packed
 from kda_lit import (chunk_bwd_dv_local, chunk_gated_delta_rule, chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h,
-                     chunk_gla_bwd_dA, chunk_gla_fwd_o_gk, chunk_kda, fused_recurrent_gated_delta_rule, fused_recurrent_kda)
+                     chunk_gla_bwd_dA, chunk_gla_fwd_o_gk, chunk_kda, fused_recurrent_gated_delta_rule, fused_recurrent_kda, use_backend)
 from kda_lit.chunk_delta_h import chunk_scan, chunk_scan_bwd, new_values
 from kda_lit.chunk_o import read_out, scalar_decay_scores, scores_bwd, writes_bwd
 from kda_lit.fused_recurrent import recurrent_bwd, recurrent_fwd
@@ -176,6 +178,25 @@ def test_operators(backend, op):
     close(backend(op, **x, output_final_state=True, **options), alone(**x, output_final_state=True), 16 * backend.eps)
     got, want = backend(gradients, op, x, do, dS, **options), gradients(alone, x, do, dS)
     close(got.values(), want.values(), 32 * backend.eps)
+
+
+class NoEquations(TorchDispatchMode):
+    "Only glue may stay in PyTorch: it may move numbers and scale them, but neither multiply matrices nor sum along tokens."
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f.overloadpacket.__name__
+        assert not any(word in name for word in ("mm", "matmul", "einsum", "cumsum", "bilinear")) or not args[0].is_floating_point(), name
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", [fused_recurrent_kda, chunk_kda])
+def test_nothing_falls_back(op):
+    "From raw gates to all gradients, every equation is a kernel's."
+    x = {name: t.to(DEVICE, torch.float32) for name, t in draw(1, 5, K=6, V=10).items()}
+    options = dict(use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, A_log=torch.zeros(2, device=DEVICE),
+                   use_beta_sigmoid_in_kernel=True)
+    do, dS = torch.randn_like(x["v"]), torch.randn_like(x["initial_state"])
+    with use_backend("triton"), NoEquations(): gradients(op, x, do, dS, **options)
+    with use_backend("torch"), pytest.raises(AssertionError), NoEquations(): gradients(op, x, do, dS, **options)
 
 
 def test_one_token_at_a_time(backend):
