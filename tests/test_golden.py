@@ -3,6 +3,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from conftest import DEVICE, TRITON
 from helpers import GOLDEN, NAMES, distance, golden, gradients, state_dict
 from kda_lit import (FusedRMSNormGated, KDAConfig, KDAForCausalLM, KimiDeltaAttention, ShortConvolution,
                      chunk_gated_delta_rule, chunk_kda, fused_kda_gate, fused_recurrent_gated_delta_rule,
@@ -43,6 +44,19 @@ def test_operator_gradients(name, op):
     for of, gradient in gradients(op, x, case["do"], case["dht"], **options).items():
         recorded = case["dh0" if of == "initial_state" else "d" + of]
         assert distance(gradient, recorded) < 1e-4, of
+
+
+@pytest.mark.parametrize("backend", TRITON, indirect=True, ids=["triton"])
+@pytest.mark.parametrize("name", OP_CASES if DEVICE == "cuda" else ["op_headdim128", "op_no_decay", "op_no_l2_scaled"])
+def test_operator_in_triton(backend, name):
+    "Values and gradients; without a GPU the smaller cases."
+    case = golden(name)
+    x, options = inputs(case)
+    for got, want in zip(backend(chunk_kda, **x, output_final_state=True, **options), (case["o"], case["ht"])):
+        assert distance(got.cpu(), want) < 2e-5
+    for of, gradient in backend(gradients, chunk_kda, x, case["do"], case["dht"], **options).items():
+        recorded = case["dh0" if of == "initial_state" else "d" + of]
+        assert distance(gradient.cpu(), recorded) < 1e-4, of
 
 
 @pytest.mark.parametrize("op", [chunk_kda, fused_recurrent_kda])
