@@ -208,3 +208,28 @@ def test_one_token_at_a_time(backend):
         o, state = backend(fused_recurrent_kda, *(x[name][:, t:t + 1] for name in NAMES), None, state, True)
         outputs.append(o)
     close((torch.cat(outputs, 1), state), (whole.cpu(), S.cpu()), 8 * backend.eps)
+
+
+# ---- offsets
+
+ROOM = DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory > 40e9
+
+
+def last_chunks(name, n):
+    "The result of n sequences of 64 tokens at its end, and what its last three sequences give alone."
+    random = lambda *shape: torch.randn(n, 1, *shape, device=DEVICE) / 8
+    x, S, begin = random(64, 128), random(16, 128), torch.arange(n + 1, device=DEVICE)
+    a, b, decay = random(64, 16), random(64, 16), random(16).abs()
+    if name == "read_out": f = lambda s: read_out(a[s], A[s], x[s], S[s])
+    if name == "chunk_scan": f = lambda s: chunk_scan(a[s], x[s], b[s], decay[s], S[s], begin[:len(S[s]) + 1])[1]
+    if name == "recurrent_fwd":
+        one = lambda t, s: t[s].reshape(-1, *t.shape[1:2], *t.shape[3:])                      # token by token
+        f = lambda s: recurrent_fwd(one(a, s), one(b, s), one(x, s), -one(a, s).abs(), one(a, s)[..., 0], S[s],
+                                    begin[:len(S[s]) + 1] * 64, 0)[0]
+    A = random(64, 64) if name == "read_out" else None
+    return f(slice(None))[-3:], f(slice(-3, None))[-3:]
+
+
+@pytest.mark.skipif(not ROOM, reason="needs a GPU with 40 GB")
+@pytest.mark.parametrize("name", ["read_out", "chunk_scan", "recurrent_fwd"])
+def test_more_numbers_than_int32_can_count(name): assert torch.equal(*last_chunks(name, 2**31 // (64 * 128) + 2))
