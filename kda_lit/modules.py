@@ -139,7 +139,8 @@ def causal_conv_packed_bwd(
     stream, tokens, pasts, ends = lay_out(x, past, cu_seqlens)
     stream, weight, dcache = in_dtype_of(x, stream, weight, dcache)
     (_, L, D), W = stream.shape, weight.shape[2]
-    dwindows = dz.new_zeros(L - W + 1, D).index_copy(0, tokens - W + 1, dz[0])
+    dwindows = dz.new_zeros(max(L - W + 1, 0), D)              # L = 0: no sequence at all
+    dwindows = dwindows.index_copy(0, tokens - W + 1, dz[0])
     dstream, dweight, dbias = depthwise_bwd(dwindows[None], stream, weight)
     dstream = dstream[0].index_add(0, ends.flatten(), dcache.mT.flatten(0, 1))
     return dstream[None, tokens], dweight, dbias, dstream[pasts].mT
