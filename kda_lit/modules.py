@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['GATES', 'SLOPES', 'depthwise', 'in_dtype_of', 'behind_past', 'causal_conv', 'lay_out', 'causal_conv_packed',
            'causal_conv_step', 'depthwise_bwd', 'causal_conv_bwd', 'causal_conv_packed_bwd', 'sigmoid_slope',
-           'silu_slope', 'convolve', 'CausalConvFunction', 'ShortConvolution', 'rms_norm_gated_fwd',
-           'rms_norm_gated_bwd', 'RMSNormGatedFunction', 'rms_norm_gated', 'FusedRMSNormGated']
+           'silu_slope', 'convolve', 'in_dtypes_of', 'short_conv', 'short_conv_bwd', 'CausalConvFunction',
+           'ShortConvolution', 'rms_norm_gated_fwd', 'rms_norm_gated_bwd', 'RMSNormGatedFunction', 'rms_norm_gated',
+           'FusedRMSNormGated']
 
 # %% ../nbs/45_modules.ipynb #c003
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .utils import (check_cu_seqlens, check_float_tensor, check_shapes,
-                           compute_dtype, prepare_sequence_ids, require)
+                           compute_dtype, dispatch, keep_backend,
+                           prepare_sequence_ids, require)
 
 # %% ../nbs/45_modules.ipynb #c011
 def depthwise(
@@ -138,7 +140,8 @@ def causal_conv_packed_bwd(
     stream, tokens, pasts, ends = lay_out(x, past, cu_seqlens)
     stream, weight, dcache = in_dtype_of(x, stream, weight, dcache)
     (_, L, D), W = stream.shape, weight.shape[2]
-    dwindows = dz.new_zeros(L - W + 1, D).index_copy(0, tokens - W + 1, dz[0])
+    dwindows = dz.new_zeros(max(L - W + 1, 0), D)              # L = 0: no sequence at all
+    dwindows = dwindows.index_copy(0, tokens - W + 1, dz[0])
     dstream, dweight, dbias = depthwise_bwd(dwindows[None], stream, weight)
     dstream = dstream[0].index_add(0, ends.flatten(), dcache.mT.flatten(0, 1))
     return dstream[None, tokens], dweight, dbias, dstream[pasts].mT
@@ -162,28 +165,69 @@ def convolve(x, weight, bias, past, cu_seqlens):
     return (causal_conv_step if x.shape[1] == 1 else causal_conv)(x, weight, bias, past)
 
 # %% ../nbs/45_modules.ipynb #conv-function
+def convolve(x, weight, bias, past, cu_seqlens):
+    """Equation 1 without the silu, by whichever of the three ways fits.
+    Source: Eq. 10; fla/modules/convolution.py causal_conv1d_fwd"""
+    if cu_seqlens is not None: return causal_conv_packed(x, weight, bias, past, cu_seqlens)
+    return (causal_conv_step if x.shape[1] == 1 else causal_conv)(x, weight, bias, past)
+
+
+def in_dtypes_of(tensors, gradients):
+    "Each gradient in the dtype of its tensor; None for a tensor that is not there."
+    return tuple(None if t is None else d.to(t.dtype) for t, d in zip(tensors, gradients))
+
+# %% ../nbs/45_modules.ipynb #short-conv
+@dispatch
+def short_conv(
+    x: Tensor,  # inputs, [B, T, D]
+    weight: Tensor,  # [D, 1, W], oldest tap first
+    bias: Tensor | None,  # [D]
+    past: Tensor,  # the W inputs before each sequence, [N, D, W]
+    cu_seqlens: Tensor | None,  # borders of packed sequences, [N+1]
+    silu: bool,  # False: without it
+    dtype: torch.dtype,  # of y
+) -> tuple[Tensor, Tensor]:  # y [B, T, D], the last W inputs [N, D, W]
+    "Equation 1. Source: Eq. 10; fla/modules/convolution.py causal_conv1d"
+    z, cache = convolve(x, weight, bias, past, cu_seqlens)
+    return (F.silu(z) if silu else z).to(dtype), cache
+
+# %% ../nbs/45_modules.ipynb #short-conv-bwd
+@dispatch
+def short_conv_bwd(
+    dy: Tensor,  # gradient of y, [B, T, D]
+    dcache: Tensor,  # gradient of the last W inputs, [N, D, W]
+    x: Tensor,  # as in `short_conv`
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor | None, ...]:  # of x, weight, bias and past, each in its dtype
+    """Gradients of `short_conv`, equations 2 and 3.
+    Source: Eq. 10, differentiated; fla/modules/convolution.py causal_conv1d_bwd"""
+    dz = dy.to(compute_dtype(x))
+    if silu: dz = dz * silu_slope(convolve(x, weight, bias, past, cu_seqlens)[0])
+    rows = dz, dcache, x, weight, past
+    if cu_seqlens is None: gradients = causal_conv_bwd(*rows)
+    else: gradients = causal_conv_packed_bwd(*rows, cu_seqlens)
+    return in_dtypes_of((x, weight, bias, past), gradients)
+
+# %% ../nbs/45_modules.ipynb #conv-autograd
+@keep_backend
 class CausalConvFunction(torch.autograd.Function):
-    """Filter and silu as one differentiable step; y is in float32 (float64 if x is).
+    """Forward and backward above as one differentiable step.
     Source: Eq. 10; fla/modules/convolution.py CausalConv1dFunction"""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, past, cu_seqlens, silu):
+    def forward(ctx, x, weight, bias, past, cu_seqlens, silu, dtype):
         ctx.save_for_backward(x, weight, bias, past, cu_seqlens)
         ctx.silu = silu
-        z, cache = convolve(x, weight, bias, past, cu_seqlens)
-        return F.silu(z) if silu else z, cache
+        return short_conv(x, weight, bias, past, cu_seqlens, silu, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dcache):
-        x, weight, bias, past, cu_seqlens = ctx.saved_tensors
-        if ctx.silu: dy = dy * silu_slope(convolve(x, weight, bias, past, cu_seqlens)[0])
-        rows = dy, dcache, x, weight, past
-        if cu_seqlens is None: grads = causal_conv_bwd(*rows)
-        else: grads = causal_conv_packed_bwd(*rows, cu_seqlens)
-        dx, dw, db, dpast = (None if t is None else d.to(t.dtype)
-                             for d, t in zip(grads, (x, weight, bias, past)))
-        return dx, dw, db, dpast, None, None
+        return *short_conv_bwd(dy, dcache, *ctx.saved_tensors, ctx.silu), None, None, None
 
 # %% ../nbs/45_modules.ipynb #c027
 def _check_mask(mask, B, T):
@@ -248,9 +292,10 @@ class ShortConvolution(nn.Module):
         "Equation 1. ValueError or TypeError, naming the argument, before anything runs."
         cache = _conv_start(x, residual, mask, cache, cu_seqlens, self.weight)
         if mask is not None: x = x * mask[..., None].to(x.dtype)
-        silu = self.activation is not None
-        filters = self.weight, self.bias
-        y, cache = CausalConvFunction.apply(x, *filters, cache, cu_seqlens, silu)
+        silu, wide = self.activation is not None, residual is not None
+        dtype = compute_dtype(x) if wide else x.dtype       # a sum is rounded once, at the end
+        y, cache = CausalConvFunction.apply(x, self.weight, self.bias, cache, cu_seqlens,
+                                            silu, dtype)
         if residual is not None: y = y + residual
         return y.to(x.dtype), cache if output_final_state else None
 
@@ -273,6 +318,7 @@ GATES = {"swish": F.silu, "silu": F.silu, "sigmoid": torch.sigmoid}
 SLOPES = {"swish": silu_slope, "silu": silu_slope, "sigmoid": sigmoid_slope}
 
 
+@dispatch
 def rms_norm_gated_fwd(
     x: Tensor,  # [..., D]
     g: Tensor,  # gate before its activation, [..., D]
@@ -280,7 +326,8 @@ def rms_norm_gated_fwd(
     bias: Tensor | None,  # added before the gate, [D]
     activation: str,  # a key of `GATES`
     eps: float,
-) -> tuple[Tensor, Tensor]:  # y [..., D] and r [..., 1] in float32 (float64 if x is)
+    dtype: torch.dtype,  # of y
+) -> tuple[Tensor, Tensor]:  # y [..., D]; r [..., 1] in float32 (float64 if x is)
     """Equation 4.
     Source: Eq. 10; fla/modules/fused_norm_gate.py layer_norm_gated_fwd"""
     x, g, weight, bias = in_dtype_of(x, x, g, weight, bias)
@@ -288,9 +335,10 @@ def rms_norm_gated_fwd(
     y = x * r
     if weight is not None: y = y * weight
     if bias is not None: y = y + bias
-    return y * GATES[activation](g), r
+    return (y * GATES[activation](g)).to(dtype), r
 
 # %% ../nbs/45_modules.ipynb #norm-bwd
+@dispatch
 def rms_norm_gated_bwd(
     dy: Tensor,  # gradient of y, [..., D]
     x: Tensor,  # as in `rms_norm_gated_fwd`
@@ -299,26 +347,28 @@ def rms_norm_gated_bwd(
     bias: Tensor | None,
     r: Tensor,  # from the forward, [..., 1]
     activation: str,
-) -> tuple[Tensor, ...]:  # of x [..., D], g [..., D], weight [D] or None, bias [D] or None
-    """Gradients of `rms_norm_gated_fwd`, equation 5, in the dtype of computation.
+) -> tuple[Tensor, ...]:  # of x, g, weight and bias, each in its dtype
+    """Gradients of `rms_norm_gated_fwd`, equation 5.
     Source: Eq. 10, differentiated; fla/modules/fused_norm_gate.py layer_norm_gated_bwd"""
-    x, g, weight, bias = in_dtype_of(x, x, g, weight, bias)
+    given = x, g, weight, bias
+    dy, x, g, weight, bias = in_dtype_of(x, dy, *given)
     n, dm = x * r, dy * GATES[activation](g)
     m = n if weight is None else n * weight
     if bias is not None: m = m + bias
     dn = dm if weight is None else dm * weight
     dx = r * (dn - n * (n * dn).mean(-1, keepdim=True))
-    summed = lambda d, p: None if p is None else d.reshape(-1, x.shape[-1]).sum(0)
-    return dx, dy * m * SLOPES[activation](g), summed(dm * n, weight), summed(dm, bias)
+    dg, dw, db = dy * m * SLOPES[activation](g), dm * n, dm
+    return in_dtypes_of(given, (dx, dg, *(d.reshape(-1, x.shape[-1]).sum(0) for d in (dw, db))))
 
 # %% ../nbs/45_modules.ipynb #norm-function
+@keep_backend
 class RMSNormGatedFunction(torch.autograd.Function):
     """Forward and backward above as one differentiable step.
     Source: Eq. 10; fla/modules/fused_norm_gate.py LayerNormGatedFunction"""
 
     @staticmethod
-    def forward(ctx, x, g, weight, bias, activation, eps):
-        y, r = rms_norm_gated_fwd(x, g, weight, bias, activation, eps)
+    def forward(ctx, x, g, weight, bias, activation, eps, dtype):
+        y, r = rms_norm_gated_fwd(x, g, weight, bias, activation, eps, dtype)
         ctx.save_for_backward(x, g, weight, bias, r)
         ctx.activation = activation
         return y
@@ -326,11 +376,7 @@ class RMSNormGatedFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, g, weight, bias, r = ctx.saved_tensors
-        grads = rms_norm_gated_bwd(dy, x, g, weight, bias, r, ctx.activation)
-        dx, dg, dw, db = (None if t is None else d.to(t.dtype)
-                          for d, t in zip(grads, (x, g, weight, bias)))
-        return dx, dg, dw, db, None, None
+        return *rms_norm_gated_bwd(dy, *ctx.saved_tensors, ctx.activation), None, None, None
 
 # %% ../nbs/45_modules.ipynb #norm-checks
 def _check_gate(activation):
@@ -367,7 +413,7 @@ def rms_norm_gated(
     _check_norm(x, g, weight, bias, residual, activation)
     dtype, total = compute_dtype(x, residual), x
     if residual is not None: total = x.to(dtype) + residual
-    y = RMSNormGatedFunction.apply(total, g, weight, bias, activation, eps).to(x.dtype)
+    y = RMSNormGatedFunction.apply(total, g, weight, bias, activation, eps, x.dtype)
     if not prenorm: return y
     if residual_in_fp32: return y, total.to(dtype)
     return y, total.to(x.dtype if residual is None else residual.dtype)

@@ -8,6 +8,7 @@ of tests/test_equations*.py; of launches that differ in sizes only, the one with
 """
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,7 +21,8 @@ POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32"
 
 
 def type_of(x):
-    "A launch argument as Triton's compiler wants to know it."
+    "A launch argument as Triton's compiler wants to know it; an absent tensor is compiled in."
+    if x is None: return "constexpr"
     if hasattr(x, "dtype"): return POINTERS[str(x.dtype).removeprefix("torch.")]
     return {bool: "i1", int: "i32", float: "fp32"}[type(x)]
 
@@ -37,7 +39,7 @@ class Recorder:
             sizes = {k: v for k, v in constants.items() if type(v) is int}
             flags = {k: v for k, v in constants.items() if type(v) is not int}
             key = kernel.__name__, str([type_of(x) for x in args]), str(flags)
-            if key not in self.launches or min(sizes.values(), default=0) > min(self.launches[key][1].values(), default=0):
+            if key not in self.launches or math.prod(sizes.values()) > math.prod(self.launches[key][1].values()):
                 self.launches[key] = [type_of(x) for x in args], sizes, flags
             return launch(kernel, programs, *args, **constants)
         kernels.launch = recorded
@@ -77,6 +79,7 @@ def compile_one(name, types, constants, capability):
     constants |= {key: found.pop(key) for key in list(found) if key in kernel.arg_names}
     names = [n for n in kernel.arg_names if n not in constants]
     signature = {**dict(zip(names, types, strict=True)), **dict.fromkeys(constants, "constexpr")}
+    constants |= {n: None for n in names if signature[n] == "constexpr"}
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*")}
     source = ASTSource(kernel, {n: signature[n] for n in kernel.arg_names},
                        {(kernel.arg_names.index(n),): x for n, x in constants.items()}, aligned)
