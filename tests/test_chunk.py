@@ -293,5 +293,5 @@ def test_a_final_state_only_when_asked_for():
 def test_backend_is_the_callers_choice():
     x = draw(1, 5)
     with use_backend("torch"): assert torch.equal(run(x)[0], run(x)[0])
-    with use_backend("triton"), pytest.raises(RuntimeError, match="in Triton.*float64"): run(x)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="in Triton"): run(x)
     run(x)                                               # and the choice ends with its block
