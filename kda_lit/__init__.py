@@ -25,7 +25,8 @@ from .gated_delta_rule import *
 from .modules import *
 from .layer import *
 
-_LATER = dict.fromkeys(("KDAConfig", "KDABlock", "KDAPreTrainedModel", "KDAModel", "KDAForCausalLM"), ".model")
+_LATER = dict.fromkeys(("KDAConfig", "KDAMLP", "mlp_width", "SoftmaxAttention", "attend", "KDABlock", "KDAPreTrainedModel",
+                        "KDAModel", "next_labels", "chunked_cross_entropy", "KDAForCausalLM"), ".model")
 
 
 def __getattr__(name):
