@@ -27,6 +27,7 @@ from .layer import *
 
 _LATER = dict.fromkeys(("KDAConfig", "KDAMLP", "mlp_width", "SoftmaxAttention", "attend", "KDABlock", "KDAPreTrainedModel",
                         "KDAModel", "next_labels", "chunked_cross_entropy", "KDAForCausalLM"), ".model")
+_LATER |= dict.fromkeys(("KDAEncoder", "pool", "KDAEncoderStrategy", "FLAEncoderFactory"), ".encoder")
 
 
 def __getattr__(name):

@@ -30,7 +30,8 @@ PUBLIC = {
     "gated_delta_rule": "chunk_gated_delta_rule fused_recurrent_gated_delta_rule",
     "modules": "ShortConvolution rms_norm_gated FusedRMSNormGated",
     "layer": "KimiDeltaAttention KDACache",
-    "model": "KDAConfig KDAModel KDAForCausalLM",
+    "model": "KDAConfig KDAModel KDAForCausalLM SoftmaxAttention chunked_cross_entropy",
+    "encoder": "KDAEncoder KDAEncoderStrategy FLAEncoderFactory",
 }
 
 OPERATOR = ("q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False, "
