@@ -27,7 +27,9 @@ from .layer import *
 from .gated_deltanet import *
 from .kimi_linear import *
 
-_LATER = dict.fromkeys(("KDAConfig", "KDABlock", "KDAPreTrainedModel", "KDAModel", "KDAForCausalLM"), ".model")
+_LATER = dict.fromkeys(("KDAConfig", "KDAMLP", "mlp_width", "SoftmaxAttention", "attend", "KDABlock", "KDAPreTrainedModel",
+                        "KDAModel", "next_labels", "chunked_cross_entropy", "KDAForCausalLM"), ".model")
+_LATER |= dict.fromkeys(("KDAEncoder", "pool", "KDAEncoderStrategy", "FLAEncoderFactory"), ".encoder")
 _LATER["make_tensor_descriptor"] = ".utils"
 
 

@@ -34,7 +34,8 @@ PUBLIC = {
     "layer": "KimiDeltaAttention KDACache half_lives",
     "gated_deltanet": "GatedDeltaNet",
     "kimi_linear": "load_kimi_linear_kda",
-    "model": "KDAConfig KDAModel KDAForCausalLM",
+    "model": "KDAConfig KDAModel KDAForCausalLM SoftmaxAttention chunked_cross_entropy",
+    "encoder": "KDAEncoder KDAEncoderStrategy FLAEncoderFactory",
 }
 
 OPERATOR = ("q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False, "
