@@ -61,7 +61,7 @@ def test_forced_without_a_gpu_or_without_triton(start, words):
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is for machines without a GPU")
 def test_interpreted_at_the_last_moment():
     said = fresh(f"{CPU}\nimport os; os.environ['TRITON_INTERPRET'] = '1'\n"
-                 "with use_backend('triton'): print((since_start(g) - g.cumsum(2)).abs().max().item() < 1e-6)")
+                 "with use_backend('triton'): print((since_start(g) - g.cumsum(2)).abs().max().item() < 1e-5)")
     assert said.strip() == "True"
 
 
