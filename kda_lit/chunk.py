@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Prepared', 'prepare_chunks', 'Forward', 'forward_chunks', 'backward_chunks', 'cut_inputs', 'states_or_zeros',
-           'chunk_kda_fwd', 'chunk_kda_bwd', 'take_turns', 'ChunkKDAFunction', 'of_heads', 'unit_length', 'chunk_kda',
-           'Trace', 'trace_kda']
+           'chunk_kda_fwd', 'chunk_kda_bwd', 'take_turns', 'ChunkKDAFunction', 'of_heads', 'unit_length',
+           'chunk_kda_inference', 'chunk_kda', 'Trace', 'trace_kda']
 
 # %% ../nbs/30_chunk.ipynb #c003
 from typing import NamedTuple
@@ -19,10 +19,10 @@ from .chunk_inter import inter_chunk_bwd
 from .chunk_intra import intra_chunk, intra_chunk_bwd
 from .chunk_o import read_out, scores_bwd, writes_bwd
 from .cumsum import since_start, since_start_bwd, until_end
-from .gate import resolve_gates
+from .gate import check_gates, resolve_gates
 from .l2norm import l2norm_bwd, l2norm_fwd
 from .solve_tril import unit_lower_inverse_bwd
-from .utils import check_inputs, check_shapes, compute_dtype, first_chunks
+from .utils import check_inputs, check_shapes, compute_dtype, dispatch, first_chunks
 from .utils import from_chunks, keep_backend, require, share_heads, to_chunks
 from .wy_fast import wy_vectors, wy_vectors_bwd
 
@@ -245,6 +245,33 @@ def unit_length(q, k, normalise):
     (q, rq), (k, rk) = (l2norm_fwd(x, output_dtype=compute_dtype(x)) for x in (q, k))
     return q, k, rq, rk
 
+# %% ../nbs/30_chunk.ipynb #inference
+@dispatch
+def chunk_kda_inference(
+    q: Tensor,  # these and the rest as in `chunk_kda`, and checked
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    use_qk_l2norm_in_kernel: bool,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    use_gate_in_kernel: bool,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    use_beta_sigmoid_in_kernel: bool,
+    allow_neg_eigval: bool,
+    lower_bound: float | None,
+) -> tuple[Tensor, Tensor]:  # o [B, T, HV, V] in v's dtype, final states [N, HV, K, V]
+    "`chunk_kda` without gradients. Source: Eq. 1 in the form of Eq. 6-9"
+    g, beta = resolve_gates(g, beta, use_gate_in_kernel, A_log, dt_bias,
+                            use_beta_sigmoid_in_kernel, allow_neg_eigval,
+                            lower_bound=lower_bound)
+    return ChunkKDAFunction.apply(q, k, v, g, beta, scale, initial_state,
+                                  use_qk_l2norm_in_kernel, cu_seqlens, chunk_size, False)[:2]
+
 # %% ../nbs/30_chunk.ipynb #c025
 def chunk_kda(
     q: Tensor,  # queries, [B, T, H, K]
@@ -278,13 +305,19 @@ def chunk_kda(
     n = check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
     require(chunk_size in (32, 64), "chunk_size", "32 or 64", chunk_size)
     raw = use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval
-    g, beta = resolve_gates(g, beta, *raw, safe_gate, lower_bound)
+    check_gates(g, *raw, safe_gate, lower_bound)
     if scale is None: scale = n["K"] ** -0.5
-    options = use_qk_l2norm_in_kernel, cu_seqlens, chunk_size, disable_recompute
-    o, S, h = ChunkKDAFunction.apply(q, k, v, g, beta, scale, initial_state, *options)
-    if state_v_first: S, h = S.mT, h.mT
+    leaves = q, k, v, g, beta, initial_state, A_log, dt_bias
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    options = scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens, chunk_size
+    if learns or return_intermediate_states:
+        g, beta = resolve_gates(g, beta, *raw, lower_bound=lower_bound)
+        o, S, h = ChunkKDAFunction.apply(q, k, v, g, beta, *options, disable_recompute)
+    else: o, S = chunk_kda_inference(q, k, v, g, beta, *options, *raw, lower_bound)
+    if state_v_first: S = S.mT
     S = S if output_final_state else None
-    return (o, S, by_rows(h, n["B"])) if return_intermediate_states else (o, S)
+    if not return_intermediate_states: return o, S
+    return o, S, by_rows(h.mT if state_v_first else h, n["B"])
 
 # %% ../nbs/30_chunk.ipynb #c061
 class Trace(dict):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decay_gate', 'shift_and_rate', 'kda_gate_ref', 'strength', 'check_gate', 'kda_gate_fwd', 'decay_gate_bwd',
-           'kda_gate_bwd', 'KDAGateFunction', 'fused_kda_gate', 'resolve_gates']
+           'kda_gate_bwd', 'KDAGateFunction', 'fused_kda_gate', 'check_gates', 'resolve_gates']
 
 # %% ../nbs/06_gate.ipynb #c003
 import torch
@@ -188,6 +188,30 @@ def fused_kda_gate(
     return y if b is None else (y, s)
 
 # %% ../nbs/06_gate.ipynb #c030
+def check_gates(
+    g: Tensor,  # log-decays, or raw gates, [B, T, HV, K]
+    use_gate_in_kernel: bool,  # these and the rest as in `resolve_gates`
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    use_beta_sigmoid_in_kernel: bool,
+    allow_neg_eigval: bool,
+    safe_gate: bool,
+    lower_bound: float | None,
+):
+    "ValueError for options that do not fit together, TypeError for a dtype."
+    if use_gate_in_kernel:
+        unsafe = safe_gate and lower_bound is None
+        require(not unsafe, "lower_bound", "given with safe_gate=True", None)
+        check_gate(g.flatten(-2), A_log, g.shape[-1], dt_bias, lower_bound)
+    else:
+        useless = dict(A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound)
+        for name, x in useless.items():
+            got = type(x).__name__
+            require(x is None, name, "None unless use_gate_in_kernel=True", got)
+    require(use_beta_sigmoid_in_kernel or not allow_neg_eigval, "allow_neg_eigval",
+            "False unless use_beta_sigmoid_in_kernel=True", allow_neg_eigval)
+
+
 def resolve_gates(
     g: Tensor,  # log-decays, or raw gates, [B, T, HV, K]
     beta: Tensor,  # write strengths, or raw ones, [B, T, HV]
@@ -202,18 +226,11 @@ def resolve_gates(
     """Apply the gate and the sigmoid where asked; differentiable.
     ValueError for options that do not fit together.
     Source: §4; fla/ops/kda/chunk.py chunk_kda"""
-    if not use_gate_in_kernel:
-        useless = dict(A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound)
-        for name, x in useless.items():
-            got = type(x).__name__
-            require(x is None, name, "None unless use_gate_in_kernel=True", got)
-    else:
-        unsafe = safe_gate and lower_bound is None
-        require(not unsafe, "lower_bound", "given with safe_gate=True", None)
+    check_gates(g, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel,
+                allow_neg_eigval, safe_gate, lower_bound)
+    if use_gate_in_kernel:
         g = fused_kda_gate(g.flatten(-2), A_log, g.shape[-1], dt_bias,
                            lower_bound=lower_bound)
-    raw = use_beta_sigmoid_in_kernel
-    require(raw or not allow_neg_eigval, "allow_neg_eigval",
-            "False unless use_beta_sigmoid_in_kernel=True", allow_neg_eigval)
-    if raw: beta = beta.to(compute_dtype(beta)).sigmoid() * (2 if allow_neg_eigval else 1)
+    if use_beta_sigmoid_in_kernel:
+        beta = beta.to(compute_dtype(beta)).sigmoid() * (2 if allow_neg_eigval else 1)
     return g, beta
