@@ -165,13 +165,6 @@ def convolve(x, weight, bias, past, cu_seqlens):
     return (causal_conv_step if x.shape[1] == 1 else causal_conv)(x, weight, bias, past)
 
 # %% ../nbs/45_modules.ipynb #conv-function
-def convolve(x, weight, bias, past, cu_seqlens):
-    """Equation 1 without the silu, by whichever of the three ways fits.
-    Source: Eq. 10; fla/modules/convolution.py causal_conv1d_fwd"""
-    if cu_seqlens is not None: return causal_conv_packed(x, weight, bias, past, cu_seqlens)
-    return (causal_conv_step if x.shape[1] == 1 else causal_conv)(x, weight, bias, past)
-
-
 def in_dtypes_of(tensors, gradients):
     "Each gradient in the dtype of its tensor; None for a tensor that is not there."
     return tuple(None if t is None else d.to(t.dtype) for t, d in zip(tensors, gradients))
