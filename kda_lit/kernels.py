@@ -47,8 +47,8 @@ OPTIONS = {  # from this compute capability on: kernel → options of its launch
         "walk_kernel": dict(num_warps=4, num_stages=2),
         "recurrent_kernel": dict(BV=16, num_warps=2, num_stages=1),
         "recurrent_bwd_kernel": dict(BV=16, num_warps=4, num_stages=1),
-        "conv_kernel": dict(num_warps=4),
-        "conv_bwd_kernel": dict(num_warps=8),
+        "conv_kernel": dict(num_warps=8),
+        "conv_bwd_kernel": dict(num_warps=16),
         "gated_norm_kernel": dict(num_warps=8),
         "gated_norm_bwd_kernel": dict(STEPS=8, num_warps=8, num_stages=1),
     },
@@ -1353,7 +1353,7 @@ def silu_slope_tile(z):
 # %% ../nbs/45_modules.ipynb #conv-reading
 @triton.jit
 def conv_place(CU, BLOCKS, T, W: tl.constexpr, BT: tl.constexpr):
-    "A program's sequence, its first token, its length; the positions in it, [BT, 1]."
+    "A program's sequence, its first token, its length; the first of the program's positions."
     block = tl.program_id(0).to(tl.int64)
     if BLOCKS is None:
         per_row = tl.cdiv(T + W, BT)
@@ -1363,7 +1363,7 @@ def conv_place(CU, BLOCKS, T, W: tl.constexpr, BT: tl.constexpr):
         n, block = tl.load(BLOCKS + 2 * block), tl.load(BLOCKS + 2 * block + 1)
         first = tl.load(CU + n).to(tl.int64)
         length = tl.load(CU + n + 1) - first
-    return n, first, length, block * BT - W + tl.arange(0, BT)[:, None]
+    return n, first, length, block * BT - W
 
 
 @triton.jit
@@ -1375,57 +1375,64 @@ def conv_parameters(WEIGHT, BIAS, channel, D, W: tl.constexpr):
     bias = 0.0 if BIAS is None else tl.load(BIAS + channel, channel < D, 0.0).to(tl.float32)
     return taps, bias
 
-
+# %% ../nbs/45_modules.ipynb #conv-input
 @triton.jit
-def conv_input(X, PAST, n, first, length, position, channel, D, W: tl.constexpr):
-    "Inputs of a sequence behind its past, zeros around them, in float32."
+def conv_input(X, PAST, n, first, length, start, channel, D, W: tl.constexpr, BT: tl.constexpr):
+    "BT inputs of a sequence behind its past, zeros around them, in float32."
+    position = start + tl.arange(0, BT)[:, None]                            # [BT, 1]
     real = (position >= 0) & (position < length) & (channel < D)
-    x = tl.load(X + (first + position) * D + channel, real, 0.0)
-    before = (position >= -W) & (position < 0) & (channel < D)
-    past = tl.load(PAST + (n * D + channel) * W + W + position, before, 0.0)
-    return tl.where(before, past.to(tl.float32), x.to(tl.float32))
+    x = tl.load(X + (first + position) * D + channel, real, 0.0).to(tl.float32)
+    if start < 0:
+        before = (position >= -W) & (position < 0) & (channel < D)
+        past = tl.load(PAST + (n * D + channel) * W + W + position, before, 0.0)
+        x = tl.where(before, past.to(tl.float32), x)
+    return x
 
 # %% ../nbs/45_modules.ipynb #conv-kernels
 @triton.jit
 def conv_kernel(X, WEIGHT, BIAS, PAST, Y, CACHE, CU, BLOCKS, T, D, W: tl.constexpr,
                 BT: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr):
-    n, first, length, position = conv_place(CU, BLOCKS, T, W, BT)
+    n, first, length, start = conv_place(CU, BLOCKS, T, W, BT)
+    position = start + tl.arange(0, BT)[:, None]                            # [BT, 1]
     channel = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]             # [1, BD]
     taps, bias = conv_parameters(WEIGHT, BIAS, channel, D, W)
     window = ()
     for j in tl.static_range(W):
-        at = position + (j - W + 1)
-        window += (conv_input(X, PAST, n, first, length, at, channel, D, W),)
+        shifted = start + (j - W + 1)
+        window += (conv_input(X, PAST, n, first, length, shifted, channel, D, W, BT),)
     y = conv_tile(window, taps, bias)
     if SILU: y = silu_tile(y)
     inside = (position < length) & (channel < D)                            # [BT, BD]
     tl.store(Y + (first + position) * D + channel, y, inside & (position >= 0))
-    slot = position - length + W
-    tl.store(CACHE + (n * D + channel) * W + slot, window[W - 1], inside & (slot >= 0))
+    if start + BT > length - W:
+        slot = (n * D + channel) * W + W + position - length
+        tl.store(CACHE + slot, window[W - 1], inside & (position >= length - W))
 
 # %% ../nbs/45_modules.ipynb #conv-bwd-kernel
 @triton.jit
 def conv_bwd_kernel(DY, DCACHE, X, WEIGHT, BIAS, PAST, DX, SUMS, DPAST, CU, BLOCKS, T, D,
                     W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr):
-    n, first, length, position = conv_place(CU, BLOCKS, T, W, BT)
+    n, first, length, start = conv_place(CU, BLOCKS, T, W, BT)
+    position = start + tl.arange(0, BT)[:, None]                            # [BT, 1]
     channel = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]             # [1, BD]
     taps, bias = conv_parameters(WEIGHT, BIAS, channel, D, W)
     dzs = ()
     for j in tl.static_range(W):                        # from the farthest token to its own
         window, token = (), position + (W - 1 - j)
         for i in tl.static_range(W):
-            at = position + (i - j)
-            window += (conv_input(X, PAST, n, first, length, at, channel, D, W),)
+            shifted = start + (i - j)
+            window += (conv_input(X, PAST, n, first, length, shifted, channel, D, W, BT),)
         real = (token >= 0) & (token < length) & (channel < D)
         dz = tl.load(DY + (first + token) * D + channel, real, 0.0).to(tl.float32)
         if SILU: dz *= silu_slope_tile(conv_tile(window, taps, bias))
         dzs += (dz,)
-    inside, slot = (position < length) & (channel < D), position - length + W
-    kept = tl.load(DCACHE + (n * D + channel) * W + slot, inside & (slot >= 0), 0.0)
-    dx = conv_tile(dzs, taps, kept.to(tl.float32))
+    dx = conv_tile(dzs, taps, 0.0)
+    inside, slot = (position < length) & (channel < D), (n * D + channel) * W + W + position
+    if start + BT > length - W:
+        end = inside & (position >= length - W)
+        dx += tl.load(DCACHE + slot - length, end, 0.0).to(tl.float32)
     tl.store(DX + (first + position) * D + channel, dx, inside & (position >= 0))
-    before = inside & (position >= -W) & (position < 0)
-    tl.store(DPAST + (n * D + channel) * W + W + position, dx, before)
+    if start < 0: tl.store(DPAST + slot, dx, inside & (position < 0))
     own = SUMS + tl.program_id(0).to(tl.int64) * (W + 1) * D + channel
     for j in tl.static_range(W):
         tl.store(own + j * D, tl.sum(dz * window[j], 0, keep_dims=True), channel < D)
@@ -1434,7 +1441,7 @@ def conv_bwd_kernel(DY, DCACHE, X, WEIGHT, BIAS, PAST, DX, SUMS, DPAST, CU, BLOC
 # %% ../nbs/45_modules.ipynb #conv-launchers-import
 from .utils import prepare_chunk_indices
 
-# %% ../nbs/45_modules.ipynb #conv-launchers
+# %% ../nbs/45_modules.ipynb #conv-programs
 def dense(*tensors):
     "Each with its numbers one behind the other; None stays None."
     return [None if t is None else t.contiguous() for t in tensors]
@@ -1452,7 +1459,7 @@ def conv_programs(x, past, cu_seqlens):
         n = len(table)
     return (n, triton.cdiv(D, BD)), table, dict(W=W, BT=BT, BD=BD)
 
-
+# %% ../nbs/45_modules.ipynb #conv-launchers
 def short_conv_triton(x, weight, bias, past, cu_seqlens, silu, dtype):
     x, weight, bias, past = dense(x, weight, bias, past.to(x.dtype))
     y, cache = torch.empty_like(x, dtype=dtype), torch.empty_like(past)
