@@ -89,6 +89,10 @@ class DeltaLayer(nn.Module):
         beta = self.b_proj(x).to(compute_dtype(x)).sigmoid()
         return 2 * beta if self.allow_neg_eigval else beta
 
+    def for_operator(self, x: Tensor) -> tuple[Tensor, Tensor, dict]:  # g, beta, options
+        "Gates as the operator shall get them; here: finished."
+        return *self.gates(x), {}
+
 # %% ../nbs/50_layer.ipynb #c025
 class KDAParameters(DeltaLayer):
     "Everything a KDA layer learns. Source: §4; fla/layers/kda.py KimiDeltaAttention"
@@ -252,7 +256,8 @@ def run_layer(layer, hidden_states, attention_mask, past_key_values, use_cache, 
     q, k, v, conv_state = _qkv(layer, x, conv_state, use_cache, cu_seqlens)
     by_token = layer.mode == "fused_recurrent" or (T <= 64 and not layer.training)
     operator = layer.by_token if by_token else layer.in_chunks
-    o, state = operator(q, k, v, *layer.gates(x), None, state, use_cache, True, cu_seqlens)
+    g, beta, options = layer.for_operator(x)
+    o, state = operator(q, k, v, g, beta, None, state, use_cache, True, cu_seqlens, **options)
     y = layer.read_out(o, x)
     if places is not None: y = pad_input(y[0], places, B, T)
     if use_cache:
@@ -266,12 +271,20 @@ class KimiDeltaAttention(KDAParameters):
     Source: Eq. 10; fla/layers/kda.py KimiDeltaAttention"""
     in_chunks, by_token = staticmethod(chunk_kda), staticmethod(fused_recurrent_kda)
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [B, T, d] → g, beta
-        "Log-decays (natural log), [B, T, HV, K], and write strengths, [B, T, HV]."
+    def log_decays(self, x: Tensor) -> Tensor:  # [B, T, d] → g [B, T, HV, K]
+        "Natural log."
         g = fused_kda_gate(self.f_proj(x), self.A_log, self.head_k_dim, self.dt_bias,
                            lower_bound=self.lower_bound)
-        HV = self.num_v_heads
-        return share_heads(g, HV), share_heads(self.strengths(x), HV)
+        return share_heads(g, self.num_v_heads)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [B, T, d] → g, beta
+        "Log-decays, [B, T, HV, K], and write strengths, [B, T, HV]."
+        return self.log_decays(x), share_heads(self.strengths(x), self.num_v_heads)
+
+    def for_operator(self, x: Tensor) -> tuple[Tensor, Tensor, dict]:  # g, raw beta, options
+        "Raw strengths, so that kernels know how large they can become."
+        options = dict(use_beta_sigmoid_in_kernel=True, allow_neg_eigval=self.allow_neg_eigval)
+        return self.log_decays(x), share_heads(self.b_proj(x), self.num_v_heads), options
 
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:  # [B, T, HV, V], [B, T, d] → y
         "Equation 3."
