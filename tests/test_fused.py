@@ -64,7 +64,7 @@ def check(fused, backend, x, cu_seqlens=None, tol=5e-6, scale=None, **options):
     limits = tol, tol
     if backend.dtype != torch.float32:
         half = in_half(plain, cu_seqlens, scale, backend.dtype)
-        limits = [distance(a, b) + torch.finfo(backend.dtype).eps for a, b in zip(half, want)]
+        limits = [min(distance(a, b) + torch.finfo(backend.dtype).eps, 0.5) for a, b in zip(half, want)]
     for a, b, limit in zip(got, want, limits): assert distance(a, b) <= limit
 
 
@@ -129,10 +129,10 @@ def test_layouts(fused, backend):
 
 # ---- decays
 
-STEPS = torch.tensor([0., -0.01, -1., -5., -20., -80., -500.]).double()
+STEPS = torch.tensor([0., -0.01, -1., -5., -6., -20., -80., -500.]).double()
 DECAYS = {str(d.item()): d for d in STEPS} | {
-    "mixed": STEPS[torch.randint(7, (1, 40, 1, 64), generator=torch.Generator().manual_seed(1))],
-    "one cut": -500. * (torch.arange(40) == 20).double()[:, None, None], "by channel": STEPS[torch.arange(64) % 7],
+    "mixed": STEPS[torch.randint(8, (1, 40, 1, 64), generator=torch.Generator().manual_seed(1))],
+    "one cut": -500. * (torch.arange(40) == 20).double()[:, None, None], "by channel": STEPS[torch.arange(64) % 8],
     "none is left": torch.tensor(-1e30 if DEVICE == "cpu" else -6e4).double()}
 
 
@@ -174,11 +174,12 @@ def test_keys_that_repeat(fused, backend, strength):
 @pytest.mark.parametrize("length", [1e-2, 1e3])
 @pytest.mark.parametrize("gate", ["bounded", "free"])
 def test_short_and_long_keys(fused, backend, length, gate):
-    "Long ones are written faintly, or the state would explode; decays down to the bound."
+    "Long ones are written faintly, or the state would explode; decays as strong as one product takes, or nearly."
     x = draw(1, 40, 1, 32, 32)
     x["k"], x["beta"] = length * x["k"], x["beta"] * min(1, length ** -2)
     if backend.dtype == torch.float16: x["beta"] = x["beta"].clamp(min=1e-7)
-    z = torch.where(torch.rand_like(x["g"]) < 0.5, -30., 30.) if gate == "bounded" else x["g"] * 6
+    z = torch.full_like(x["g"], 30. if gate == "bounded" else -5.4)
+    z[:, 5] = -0.01
     options = dict(gated=True, lower_bound=-5.) if gate == "bounded" else {}
     check(fused, backend, dict(x, g=z), **options, tol=2e-5)
 
