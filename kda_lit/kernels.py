@@ -1314,16 +1314,18 @@ def fused_forward(q, k, v, g, beta, scale, S, unit, cu_seqlens, *gates, C=32):
     return o, final
 
 # %% ../nbs/40_fused_forward.ipynb #inference-triton
-def fits(q, k, v):
-    "Whether the two kernels are made for such inputs."
+def fits(q, k, v, unit, raw_beta, doubled):
+    "Whether the two kernels are made for such inputs: half precision, unit keys, β ≤ 1."
     half, (K, V) = q.dtype in (torch.bfloat16, torch.float16), (q.shape[3], v.shape[3])
-    return half and q.dtype == k.dtype == v.dtype and K in (32, 64, 128) and V % 32 == 0
+    sizes = q.dtype == k.dtype == v.dtype and K in (32, 64, 128) and V % 32 == 0
+    return half and sizes and unit and raw_beta and not doubled
 
 
 def chunk_kda_inference_triton(q, k, v, g, beta, scale, S, unit, cu_seqlens, chunk_size, gated,
                                A_log, dt_bias, raw_beta, doubled, lower_bound):
     gates = gated, A_log, dt_bias, raw_beta, doubled, lower_bound
-    if fits(q, k, v): return fused_forward(q, k, v, g, beta, scale, S, unit, cu_seqlens, *gates)
+    if fits(q, k, v, unit, raw_beta, doubled):
+        return fused_forward(q, k, v, g, beta, scale, S, unit, cu_seqlens, *gates)
     return chunk_kda_inference.torch(q, k, v, g, beta, scale, S, unit, cu_seqlens, chunk_size,
                                      *gates)
 

@@ -28,7 +28,7 @@ def backend(request):
 def fused(backend, monkeypatch):
     "chunk_kda(**x, …) there; fails unless the two kernels have computed it."
     calls, forward = [], kernels.fused_forward
-    if DEVICE == "cpu": monkeypatch.setattr(kernels, "fits", lambda q, k, v: True)
+    monkeypatch.setattr(kernels, "fits", lambda *args: True)
     monkeypatch.setattr(kernels, "fused_forward", lambda *args: calls.append(1) or forward(*args))
 
     def run(x, **options):
@@ -165,6 +165,7 @@ def test_options(fused, backend, options):
 
 @pytest.mark.parametrize("strength", [1., 2.])
 def test_keys_that_repeat(fused, backend, strength):
+    if strength > 1 and DEVICE == "cuda": pytest.skip("the choice leaves strengths above 1 to the single kernels")
     x = draw(1, 64, 1, 64, 32, decay=-0.001)
     x["k"] = F.normalize(torch.ones_like(x["k"]) + 1e-3 * torch.randn_like(x["k"]), dim=-1)
     x["beta"] = torch.full_like(x["beta"], strength)
@@ -175,6 +176,7 @@ def test_keys_that_repeat(fused, backend, strength):
 @pytest.mark.parametrize("gate", ["bounded", "free"])
 def test_short_and_long_keys(fused, backend, length, gate):
     "Long ones are written faintly, or the state would explode; decays as strong as one product takes, or nearly."
+    if length > 1 and backend.dtype == torch.float16: pytest.skip("the choice leaves long keys to the single kernels")
     x = draw(1, 40, 1, 32, 32)
     x["k"], x["beta"] = length * x["k"], x["beta"] * min(1, length ** -2)
     if backend.dtype == torch.float16: x["beta"] = x["beta"].clamp(min=1e-7)
@@ -190,14 +192,17 @@ def test_who_computes(monkeypatch):
     "The two kernels where nothing needs a gradient and they fit; else everything as before."
     dtype, calls = DTYPES[0], []
     monkeypatch.setattr(kernels, "fused_forward", lambda q, k, v, *rest: calls.append(1) or (v, None))
-    if DEVICE == "cpu": monkeypatch.setattr(kernels, "fits", lambda q, k, v: q.shape[3] == 32)
+    if DEVICE == "cpu": monkeypatch.setattr(kernels, "fits", lambda q, *rest: q.shape[3] == 32 and rest[2:] == (True, True, False))
     backend = Backend("triton", dtype)
     def used(x, **options):
         calls.clear()
-        backend(chunk_kda, **x, **options)
+        known = dict(use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
+        backend(chunk_kda, **x, **known | options)
         return bool(calls)
     x = draw(1, 5, 1, 32, 32)
     assert used(x) and not used(x, return_intermediate_states=True) and not used(draw(1, 5, 1, 20, 32))
+    assert not used(x, use_qk_l2norm_in_kernel=False) and not used(x, allow_neg_eigval=True)
+    assert not used(x, use_beta_sigmoid_in_kernel=False)                 # strengths could be anything
     leaf = backend.put(x["g"]).requires_grad_()
     assert not used(dict(x, g=leaf))
     with torch.no_grad(): assert used(dict(x, g=leaf))
@@ -207,7 +212,8 @@ def test_who_computes(monkeypatch):
                                               (torch.bfloat16, 96, 128, False), (torch.bfloat16, 256, 128, False), (torch.bfloat16, 64, 60, False)])
 def test_fits(dtype, K, V, fit):
     q, v = torch.empty(1, 1, 1, K, dtype=dtype), torch.empty(1, 1, 1, V, dtype=dtype)
-    assert kernels.fits(q, q, v) == fit and not kernels.fits(q, q, v.double())
+    known = True, True, False
+    assert kernels.fits(q, q, v, *known) == fit and not kernels.fits(q, q, v.double(), *known)
 
 
 # ---- on a GPU
