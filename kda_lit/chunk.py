@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['Prepared', 'prepare_chunks', 'Forward', 'forward_chunks', 'backward_chunks', 'cut_inputs', 'states_or_zeros',
-           'chunk_kda_fwd', 'chunk_kda_bwd', 'take_turns', 'ChunkKDAFunction', 'of_heads', 'unit_length',
-           'chunk_kda_inference', 'chunk_kda', 'Trace', 'trace_kda']
+           'chunk_kda_fwd', 'chunk_kda_bwd', 'take_turns', 'room_for', 'of_all_heads', 'ChunkKDAFunction', 'of_heads',
+           'unit_length', 'chunk_kda_inference', 'chunk_kda', 'Trace', 'trace_kda']
 
 # %% ../nbs/30_chunk.ipynb #c003
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .chunk_delta_h import by_rows, chunk_scan, chunk_scan_bwd, new_values
 from .chunk_inter import inter_chunk_bwd
@@ -23,7 +22,7 @@ from .gate import check_gates, resolve_gates
 from .l2norm import l2norm_bwd, l2norm_fwd
 from .solve_tril import unit_lower_inverse_bwd
 from .utils import check_inputs, check_shapes, compute_dtype, dispatch, first_chunks
-from .utils import from_chunks, keep_backend, require, share_heads, to_chunks
+from .utils import from_chunks, operator, require, share_heads, to_chunks
 from .wy_fast import wy_vectors, wy_vectors_bwd
 
 # %% ../nbs/30_chunk.ipynb #c006
@@ -188,49 +187,83 @@ def take_turns(
     return [(slice(h, h + few), slice(h * group, (h + few) * group))
             for h in range(0, H, few)]
 
+# %% ../nbs/30_chunk.ipynb #room
+def room_for(
+    cu_seqlens: Tensor | None,  # [N+1]
+    B: int,
+    T: int,
+    chunk_size: int,
+) -> int:
+    "The most chunks that these tokens can make: a number that follows from shapes alone."
+    if cu_seqlens is None: return B * -(-T // chunk_size)
+    return T // chunk_size + len(cu_seqlens) - 1
+
+
+def of_all_heads(
+    parts: list[Tensor],  # a few heads each, [NT, ·, …]
+    room: int,  # at least NT
+) -> Tensor:  # [room, HV, …]
+    "What was computed a few heads at a time in one tensor, zeros behind the last chunk."
+    (NT, _, *shape), ends = parts[0].shape, [sum(x.shape[1] for x in parts)]
+    if len(parts) == 1 and room == NT: return parts[0]
+    whole = parts[0].new_empty(room, *ends, *shape)
+    whole[NT:] = 0
+    for x, at in zip(parts, whole[:NT].split([x.shape[1] for x in parts], 1)): at.copy_(x)
+    return whole
+
 # %% ../nbs/30_chunk.ipynb #c023
-@keep_backend
+@operator("chunk_kda", results=3, kept=2)
 class ChunkKDAFunction(torch.autograd.Function):
     """chunk_kda_fwd and chunk_kda_bwd as one differentiable step.
     Returns o, the final states, and the states on entry to each chunk, which carry no
-    gradient.
+    gradient and have room for `room_for` chunks.
     Source: Eq. 6-9; fla/ops/kda/chunk.py ChunkKDAFunction"""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel,
-                cu_seqlens, chunk_size, disable_recompute):
-        ctx.options = scale, chunk_size, use_qk_l2norm_in_kernel
-        outputs, kept = [], []
+    def forward(keep: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
+                scale: float, initial_state: Tensor | None, use_qk_l2norm_in_kernel: bool,
+                cu_seqlens: Tensor | None, chunk_size: int,
+                disable_recompute: bool) -> list[Tensor]:
+        outputs, states, kept = [], [], []
         for turn in take_turns(q, v):
             q_, k_, *others = of_heads(turn, q, k, v, g, beta)
             q_, k_, *_ = unit_length(q_, k_, use_qk_l2norm_in_kernel)
             S0 = None if initial_state is None else initial_state[:, turn[1]]
             o, f = chunk_kda_fwd(q_, k_, *others, scale, S0, cu_seqlens, chunk_size)
-            outputs.append(o)
-            kept.append((f.S, f.h, f.Aqk, f.Akk, *(f.prepared if disable_recompute else ())))
-        S, h, *kept = (torch.cat(x, 1) for x in zip(*kept))
-        ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, h, *kept)
-        ctx.mark_non_differentiable(h)
-        return torch.cat(outputs, 2), S, h
+            outputs.append(o), states.append(f.S)
+            more = (f.Aqk, f.Akk, *(f.prepared if disable_recompute else ())) if keep else ()
+            kept.append((f.h, *more))
+        room = room_for(cu_seqlens, *v.shape[:2], chunk_size)
+        kept = [of_all_heads(x, room) for x in zip(*kept)]
+        return [torch.cat(outputs, 2), torch.cat(states, 1), *kept]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dht, _):
-        q, k, v, g, beta, S0, cu_seqlens, *kept = ctx.saved_tensors
-        scale, chunk_size, normalise = ctx.options
+    def backward(grads, kept, q, k, v, g, beta, scale, S0, normalise, cu_seqlens, chunk_size,
+                 disable_recompute):
+        (do, dht, *_), NT = grads, int(first_chunks(cu_seqlens, *v.shape[:2], chunk_size)[-1])
         grads = [torch.empty_like(x) for x in (q, k, v, g, beta)]
         dS0 = None if S0 is None else torch.empty_like(S0)
         for turn in take_turns(q, v):
             q_, k_, *others = of_heads(turn, q, k, v, g, beta)
             q_, k_, rq, rk = unit_length(q_, k_, normalise)
-            h, Aqk, Akk, *prepared = (x[:, turn[1]] for x in kept)
+            h, Aqk, Akk, *prepared = (x[:NT, turn[1]] for x in kept)
             *parts, dS = chunk_kda_bwd(
                 q_, k_, *others, scale, Aqk, Akk, h, do[:, :, turn[1]], dht[:, turn[1]],
                 cu_seqlens, chunk_size, Prepared(*prepared) if prepared else None)
             if normalise: parts[:2] = l2norm_bwd(q_, rq, parts[0]), l2norm_bwd(k_, rk, parts[1])
             for x, part in zip(of_heads(turn, *grads), parts): x.copy_(part)
             if S0 is not None: dS0[:, turn[1]] = dS
-        return *grads, None, dS0, *[None] * 4
+        return *grads, dS0
+
+    @staticmethod
+    def fake(keep, q, k, v, g, beta, scale, S0, normalise, cu_seqlens, chunk_size,
+             disable_recompute):
+        (B, T, HV, V), K, C = v.shape, k.shape[3], chunk_size
+        N, NT = B if cu_seqlens is None else len(cu_seqlens) - 1, room_for(cu_seqlens, B, T, C)
+        new = lambda M, *shape: v.new_empty(M, HV, *shape, dtype=compute_dtype(q, k, v, g, beta))
+        prepared = [new(NT, C, D) for D in (K, K, K, K, K, K, V)] if disable_recompute else []
+        kept = [new(NT, C, C), new(NT, C, C), *prepared] if keep else []
+        return [v.new_empty(v.shape), new(N, K, V), new(NT, K, V), *kept]
 
 
 def of_heads(turn, q, k, v, g, beta):
@@ -310,13 +343,14 @@ def chunk_kda(
     leaves = q, k, v, g, beta, initial_state, A_log, dt_bias
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     options = scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens, chunk_size
-    if learns or return_intermediate_states:
+    if learns or return_intermediate_states or torch.compiler.is_compiling():
         g, beta = resolve_gates(g, beta, *raw, lower_bound=lower_bound)
-        o, S, h = ChunkKDAFunction.apply(q, k, v, g, beta, *options, disable_recompute)
+        o, S, h = ChunkKDAFunction.call(q, k, v, g, beta, *options, disable_recompute)
     else: o, S = chunk_kda_inference(q, k, v, g, beta, *options, *raw, lower_bound)
     if state_v_first: S = S.mT
     S = S if output_final_state else None
     if not return_intermediate_states: return o, S
+    h = h[:int(first_chunks(cu_seqlens, n["B"], n["T"], chunk_size)[-1])]
     return o, S, by_rows(h.mT if state_v_first else h, n["B"])
 
 # %% ../nbs/30_chunk.ipynb #c061

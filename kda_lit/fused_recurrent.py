@@ -9,14 +9,13 @@ __all__ = ['kda_step_bwd', 'by_step', 'kept_rooms', 'recurrent_fwd', 'recurrent_
 # %% ../nbs/31_fused_recurrent.ipynb #c003
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .chunk import states_or_zeros, unit_length
 from .chunk_delta_h import in_chunk_order, schedule
 from .gate import resolve_gates
 from .l2norm import l2norm_bwd
 from .naive import kda_step
-from .utils import check_inputs, compute_dtype, dispatch, keep_backend, share_heads
+from .utils import check_inputs, compute_dtype, dispatch, operator, share_heads
 
 # %% ../nbs/31_fused_recurrent.ipynb #c005
 def kda_step_bwd(
@@ -121,38 +120,41 @@ def recurrent_bwd(
     return [*(in_chunk_order(d, steps[::-1]) for d in zip(*grads)), dS0]
 
 # %% ../nbs/31_fused_recurrent.ipynb #c019
-@keep_backend
+@operator("fused_recurrent_kda", results=2, kept=2)
 class FusedRecurrentKDAFunction(torch.autograd.Function):
     """Forward and backward above as one differentiable step.
     Source: Eq. 1; fla/ops/kda/fused_recurrent.py FusedRecurrentKDAFunction"""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel,
-                cu_seqlens):
-        ctx.options = scale, use_qk_l2norm_in_kernel
-        tokens, offsets = flat_tokens(q, k, v, g, beta, *ctx.options, cu_seqlens)
+    def forward(keep: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
+                scale: float, initial_state: Tensor | None, use_qk_l2norm_in_kernel: bool,
+                cu_seqlens: Tensor | None) -> list[Tensor]:
+        tokens, offsets = flat_tokens(
+            q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, cu_seqlens)
         S = states_or_zeros(initial_state, cu_seqlens, k, v)
-        every = 64 if any(ctx.needs_input_grad) else 0
-        o, S, kept = recurrent_fwd(*tokens, S, offsets, every)
-        ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, kept)
-        return o.view(v.shape).to(v.dtype), S
+        o, S, kept = recurrent_fwd(*tokens, S, offsets, 64 if keep else 0)
+        return [o.view(v.shape).to(v.dtype), S, kept]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dht):
-        q, k, v, g, beta, S0, cu_seqlens, kept = ctx.saved_tensors
-        scale, normalise = ctx.options
+    def backward(grads, kept, q, k, v, g, beta, scale, S0, normalise, cu_seqlens):
         tokens, offsets = flat_tokens(q, k, v, g, beta, scale, normalise, cu_seqlens)
-        do = do.flatten(0, 1).to(tokens[0].dtype)
-        dS = states_or_zeros(dht, cu_seqlens, k, v)
-        *grads, dS0 = recurrent_bwd(*tokens, kept, do, dS, offsets)
+        do, dS = grads[0].flatten(0, 1).to(tokens[0].dtype), grads[1]
+        dS = states_or_zeros(dS, cu_seqlens, k, v)
+        *grads, dS0 = recurrent_bwd(*tokens, *kept, do, dS, offsets)
         dq, dk, dv, dg, dbeta = (d.unflatten(0, v.shape[:2]) for d in grads)
         dq, dk = (x.unflatten(2, (q.shape[2], -1)).sum(3) for x in (dq * scale, dk))
         if normalise:
             unit_q, unit_k, rq, rk = unit_length(q, k, True)
             dq, dk = l2norm_bwd(unit_q, rq, dq), l2norm_bwd(unit_k, rk, dk)
         grads = [d.to(x.dtype) for d, x in zip((dq, dk, dv, dg, dbeta), (q, k, v, g, beta))]
-        return *grads, None, None if S0 is None else dS0.to(S0.dtype), None, None
+        return *grads, None if S0 is None else dS0.to(S0.dtype)
+
+    @staticmethod
+    def fake(keep, q, k, v, g, beta, scale, S0, normalise, cu_seqlens):
+        (B, T, HV, V), K = v.shape, k.shape[3]
+        N = B if cu_seqlens is None else len(cu_seqlens) - 1
+        S = v.new_empty(N, HV, K, V, dtype=compute_dtype(k, v, S0))
+        return [v.new_empty(v.shape), S, S.new_empty(B * T // 64 + N if keep else 0, HV, K, V)]
 
 
 def flat_tokens(q, k, v, g, beta, scale, normalise, cu_seqlens):
@@ -194,7 +196,7 @@ def fused_recurrent_kda(
     raw = use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval
     g, beta = resolve_gates(g, beta, *raw, safe_gate, lower_bound)
     if scale is None: scale = n["K"] ** -0.5
-    o, S = FusedRecurrentKDAFunction.apply(
+    o, S = FusedRecurrentKDAFunction.call(
         q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
     if state_v_first: S = S.mT
     return o, S if output_final_state else None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .utils import check_float_tensor, check_like, compute_dtype, dispatch
-from .utils import keep_backend, require
+from .utils import operator, require
 
 # %% ../nbs/06_gate.ipynb #decay-gate
 @dispatch
@@ -148,26 +148,32 @@ def kda_gate_bwd(
     return dz, like(dA, A), like(dbias, g_bias), db
 
 # %% ../nbs/06_gate.ipynb #c024
-@keep_backend
+@operator("kda_gate", results=2)
 class KDAGateFunction(torch.autograd.Function):
     """The gate with the backward above: keeps its inputs only.
     Source: f of §4; fla/ops/kda/gate.py KDAGateFunction"""
 
     @staticmethod
-    def forward(ctx, g, A, head_k_dim, g_bias=None, b=None, beta=1.0, threshold=20.0,
-                lower_bound=None):
-        ctx.save_for_backward(g, A, g_bias, b)
-        ctx.options = head_k_dim, beta, threshold, lower_bound
-        return kda_gate_fwd(g, A, head_k_dim, g_bias, b, beta, threshold,
+    def forward(keep: bool, g: Tensor, A: Tensor | None, head_k_dim: int,
+                g_bias: Tensor | None = None, b: Tensor | None = None, beta: float = 1.0,
+                threshold: float = 20.0, lower_bound: float | None = None) -> list[Tensor]:
+        y, s = kda_gate_fwd(g, A, head_k_dim, g_bias, b, beta, threshold,
                             lower_bound=lower_bound)
+        return [y] if b is None else [y, s]
 
     @staticmethod
-    def backward(ctx, dy, gb):
-        g, A, g_bias, b = ctx.saved_tensors
-        head_k_dim, beta, threshold, lower_bound = ctx.options
+    def backward(grads, kept, g, A, head_k_dim, g_bias=None, b=None, beta=1.0,
+                 threshold=20.0, lower_bound=None):
+        dy, gb = (*grads, None)[:2]
         dg, dA, dbias, db = kda_gate_bwd(
             dy, g, A, head_k_dim, g_bias, b, gb, beta, threshold, lower_bound=lower_bound)
-        return dg, dA, None, dbias, db, None, None, None
+        return dg, dA, dbias, db
+
+    @staticmethod
+    def fake(keep, g, A, head_k_dim, g_bias=None, b=None, *options):
+        heads = *g.shape[:-1], g.shape[-1] // head_k_dim
+        y = g.new_empty(*heads, head_k_dim, dtype=compute_dtype(g))
+        return [y] if b is None else [y, b.new_empty(b.shape, dtype=compute_dtype(b))]
 
 # %% ../nbs/06_gate.ipynb #c025
 def fused_kda_gate(
@@ -184,7 +190,8 @@ def fused_kda_gate(
     """Log-decays from raw gates, natural log; differentiable.
     ValueError for a wrong shape or bound.
     Source: f of §4; fla/ops/kda/gate.py fused_kda_gate"""
-    y, s = KDAGateFunction.apply(g, A, head_k_dim, g_bias, b, beta, threshold, lower_bound)
+    check_gate(g, A, head_k_dim, g_bias, lower_bound)
+    y, s = KDAGateFunction.call(g, A, head_k_dim, g_bias, b, beta, threshold, lower_bound)
     return y if b is None else (y, s)
 
 # %% ../nbs/06_gate.ipynb #c030

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .utils import check_float_tensor, check_like, compute_dtype, dispatch
-from .utils import keep_backend
+from .utils import operator
 
 # %% ../nbs/03_l2norm.ipynb #c010
 @dispatch
@@ -63,21 +63,23 @@ def l2norm_bwd(
     return unit_rows_bwd(y, rstd, dy)
 
 # %% ../nbs/03_l2norm.ipynb #function
-@keep_backend
+@operator("l2norm", results=1)
 class L2NormFunction(torch.autograd.Function):
     "Unit vectors with the gradient of equation 3; keeps its input only. Source: Eq. 10"
 
     @staticmethod
-    def forward(ctx, x, eps, output_dtype):
-        ctx.save_for_backward(x)
-        ctx.eps = eps
-        return l2norm_fwd(x, eps, output_dtype)[0]
+    def forward(keep: bool, x: Tensor, eps: float,
+                output_dtype: torch.dtype | None) -> list[Tensor]:
+        return [l2norm_fwd(x, eps, output_dtype)[0]]
 
     @staticmethod
-    def backward(ctx, dy):
-        x, = ctx.saved_tensors
-        y, rstd = unit_rows(x, ctx.eps, compute_dtype(x))
-        return unit_rows_bwd(y, rstd, dy).to(x.dtype), None, None
+    def backward(grads, kept, x, eps, output_dtype):
+        y, rstd = unit_rows(x, eps, compute_dtype(x))
+        return [unit_rows_bwd(y, rstd, grads[0]).to(x.dtype)]
+
+    @staticmethod
+    def fake(keep, x, eps, output_dtype):
+        return [x.new_empty(x.shape, dtype=output_dtype or x.dtype)]
 
 # %% ../nbs/03_l2norm.ipynb #operator
 def l2norm(
@@ -87,4 +89,5 @@ def l2norm(
 ) -> Tensor:  # [..., D]
     """Scale the last dimension to length one; differentiable.
     Source: Eq. 10; fla/modules/l2norm.py l2norm"""
-    return L2NormFunction.apply(x, eps, output_dtype)
+    check_float_tensor("x", x)
+    return L2NormFunction.call(x, eps, output_dtype)

@@ -13,10 +13,9 @@ __all__ = ['GATES', 'SLOPES', 'depthwise', 'in_dtype_of', 'behind_past', 'causal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .utils import (check_cu_seqlens, check_float_tensor, check_shapes,
-                           compute_dtype, dispatch, keep_backend,
+                           compute_dtype, dispatch, operator,
                            prepare_sequence_ids, require)
 
 # %% ../nbs/45_modules.ipynb #c011
@@ -206,21 +205,23 @@ def short_conv_bwd(
     return in_dtypes_of((x, weight, bias, past), gradients)
 
 # %% ../nbs/45_modules.ipynb #conv-autograd
-@keep_backend
+@operator("short_conv", results=2)
 class CausalConvFunction(torch.autograd.Function):
     """Forward and backward above as one differentiable step.
     Source: Eq. 10; fla/modules/convolution.py CausalConv1dFunction"""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, past, cu_seqlens, silu, dtype):
-        ctx.save_for_backward(x, weight, bias, past, cu_seqlens)
-        ctx.silu = silu
-        return short_conv(x, weight, bias, past, cu_seqlens, silu, dtype)
+    def forward(keep: bool, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor,
+                cu_seqlens: Tensor | None, silu: bool, dtype: torch.dtype) -> list[Tensor]:
+        return [*short_conv(x, weight, bias, past, cu_seqlens, silu, dtype)]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dcache):
-        return *short_conv_bwd(dy, dcache, *ctx.saved_tensors, ctx.silu), None, None, None
+    def backward(grads, kept, *args):
+        return short_conv_bwd(*grads, *args[:-1])
+
+    @staticmethod
+    def fake(keep, x, weight, bias, past, cu_seqlens, silu, dtype):
+        return [x.new_empty(x.shape, dtype=dtype), x.new_empty(past.shape)]
 
 # %% ../nbs/45_modules.ipynb #c027
 def _check_mask(mask, B, T):
@@ -287,8 +288,8 @@ class ShortConvolution(nn.Module):
         if mask is not None: x = x * mask[..., None].to(x.dtype)
         silu, wide = self.activation is not None, residual is not None
         dtype = compute_dtype(x) if wide else x.dtype       # a sum is rounded once, at the end
-        y, cache = CausalConvFunction.apply(x, self.weight, self.bias, cache, cu_seqlens,
-                                            silu, dtype)
+        y, cache = CausalConvFunction.call(x, self.weight, self.bias, cache, cu_seqlens,
+                                           silu, dtype)
         if residual is not None: y = y + residual
         return y.to(x.dtype), cache if output_final_state else None
 
@@ -354,22 +355,24 @@ def rms_norm_gated_bwd(
     return in_dtypes_of(given, (dx, dg, *(d.reshape(-1, x.shape[-1]).sum(0) for d in (dw, db))))
 
 # %% ../nbs/45_modules.ipynb #norm-function
-@keep_backend
+@operator("rms_norm_gated", results=1, kept=1)
 class RMSNormGatedFunction(torch.autograd.Function):
     """Forward and backward above as one differentiable step.
     Source: Eq. 10; fla/modules/fused_norm_gate.py LayerNormGatedFunction"""
 
     @staticmethod
-    def forward(ctx, x, g, weight, bias, activation, eps, dtype):
-        y, r = rms_norm_gated_fwd(x, g, weight, bias, activation, eps, dtype)
-        ctx.save_for_backward(x, g, weight, bias, r)
-        ctx.activation = activation
-        return y
+    def forward(keep: bool, x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None,
+                activation: str, eps: float, dtype: torch.dtype) -> list[Tensor]:
+        return [*rms_norm_gated_fwd(x, g, weight, bias, activation, eps, dtype)]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return *rms_norm_gated_bwd(dy, *ctx.saved_tensors, ctx.activation), None, None, None
+    def backward(grads, kept, x, g, weight, bias, activation, *options):
+        return rms_norm_gated_bwd(grads[0], x, g, weight, bias, *kept, activation)
+
+    @staticmethod
+    def fake(keep, x, g, weight, bias, activation, eps, dtype):
+        r = x.new_empty(*x.shape[:-1], 1, dtype=compute_dtype(x))
+        return [x.new_empty(x.shape, dtype=dtype), r]
 
 # %% ../nbs/45_modules.ipynb #norm-checks
 def _check_gate(activation):
@@ -406,7 +409,7 @@ def rms_norm_gated(
     _check_norm(x, g, weight, bias, residual, activation)
     dtype, total = compute_dtype(x, residual), x
     if residual is not None: total = x.to(dtype) + residual
-    y = RMSNormGatedFunction.apply(total, g, weight, bias, activation, eps, x.dtype)
+    y = RMSNormGatedFunction.call(total, g, weight, bias, activation, eps, x.dtype)
     if not prenorm: return y
     if residual_in_fp32: return y, total.to(dtype)
     return y, total.to(x.dtype if residual is None else residual.dtype)
