@@ -298,9 +298,10 @@ def chunk_kda(
     disable_recompute: bool = False,  # keep more for the backward pass: faster, more memory
 ) -> tuple:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] or None; if asked, h
     """Kimi Delta Attention, in chunks; differentiable in all tensors.
-    States are float32, and half precision is computed in float32, but not on a GPU where no
-    gradient is needed: there the products have half-precision operands. Raises ValueError for
-    a wrong shape, range or combination, TypeError for a wrong dtype, before anything runs.
+    States are float32. Half precision is computed in float32, but on a GPU products have
+    half-precision operands where that costs no more than rounding: without gradients, with
+    unit keys and strengths made here, up to 1. Raises ValueError for a wrong shape, range or
+    combination, TypeError for a wrong dtype, before anything runs.
     Source: Eq. 1 in the form of Eq. 6-9; fla/ops/kda/chunk.py chunk_kda"""
     if state_v_first and initial_state is not None: initial_state = initial_state.mT
     n = check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
