@@ -13,7 +13,8 @@ The reference library wants a place of its own, so that it never meets this proj
 Times are medians by CUDA events, with the L2 cache flushed before each run; inputs are larger than that cache in any case,
 except where one or a few tokens are decoded. 128 channels, bfloat16, raw gates as a layer is initialised with, unit keys.
 Errors are of the same call on a small input, in the norm, against the recurrence in float64. Memory is the peak above what
-was there before the call. `floor` is the share that the reading and writing of inputs and outputs alone would take of the
+was there before the call. `host` are the milliseconds that the processor needs for a call; where they exceed those of the
+GPU, a model waits for them, unless it replays a graph. `floor` is the share that the reading and writing of inputs and outputs alone would take of the
 time, and `copy`, where tokens are decoded, the share of the bandwidth of a copy. `first_s` are the seconds of the first call,
 compilation and search for launch options included; with --cold, nothing is compiled before.
 """
@@ -39,7 +40,7 @@ BOUNDS = {"bounded": -5.0, "softplus": None}
 DECODED = (1, 4, 16, 64, 256)                            # sequences of 32 heads, a token each
 LEAST = {"forward": 2 * (5 * D + 1), "training": 2 * (14 * D + 3)}          # bytes a token and head
 FLAGS = dict(use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True)
-COLUMNS = {"ms": "{:9.3f}", "first_s": "{:9.1f}", "launches": "{:9d}", "MiB": "{:9.0f}", "floor": "{:9.1%}",
+COLUMNS = {"ms": "{:9.3f}", "host": "{:9.3f}", "first_s": "{:9.1f}", "launches": "{:9d}", "MiB": "{:9.0f}", "floor": "{:9.1%}",
            "copy": "{:9.1%}", "error": "{:9.1e}"}
 
 
@@ -142,15 +143,19 @@ def error(name):
 # ---- measuring
 
 def milliseconds(f, seconds=3, most=50):
-    "The median of as many runs as fit into some seconds, at least 5."
-    flush, times, start = torch.empty(2**28, dtype=torch.uint8, device=DEVICE), [], time.perf_counter()
+    "Medians of the GPU's time and of the host's, of as many runs as fit into some seconds, at least 5."
+    flush, times, start = torch.empty(2**31, dtype=torch.uint8, device=DEVICE), [], time.perf_counter()
     while len(times) < 7 or (len(times) < most and time.perf_counter() - start < seconds):
         a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        a.record(), f(), b.record()
+        flush.zero_()                                    # takes half a millisecond, which lets the host run ahead
+        a.record()
+        before = time.perf_counter()
+        f()
+        host = time.perf_counter() - before
+        b.record()
         torch.cuda.synchronize()
-        times.append(a.elapsed_time(b))
-    return sorted(times[2:])[len(times[2:]) // 2]
+        times.append((a.elapsed_time(b), 1e3 * host))
+    return [sorted(column)[len(times[2:]) // 2] for column in zip(*times[2:])]
 
 
 def launches(f):
@@ -164,7 +169,7 @@ def launches(f):
 def copy_bandwidth():
     "Bytes a second, read and written, of a copy of 2 GiB."
     x, y = torch.empty(2, 2**31, dtype=torch.uint8, device=DEVICE)
-    return 2 * x.numel() / milliseconds(lambda: y.copy_(x)) * 1e3
+    return 2 * x.numel() / milliseconds(lambda: y.copy_(x))[0] * 1e3
 
 
 def measure(name, bandwidth):
@@ -180,7 +185,7 @@ def measure(name, bandwidth):
         torch.cuda.reset_peak_memory_stats()
         f()
         result |= {"MiB": (torch.cuda.max_memory_allocated() - before) / 2**20, "launches": launches(f)}
-        result["ms"] = milliseconds(f)
+        result["ms"], result["host"] = milliseconds(f)
     if task == "decode":
         least = 32 * int(shape) * (2 * 4 * D * D + 4 * 2 * D + 4 * D + 4)        # the state twice, inputs and outputs
         result["copy"] = least / (result["ms"] * 1e-3) / bandwidth

@@ -323,7 +323,7 @@ def chunk_kda(
     dt_bias: Tensor | None = None,  # its bias, [HV*K]
     use_beta_sigmoid_in_kernel: bool = False,  # beta is raw: apply sigmoid first
     allow_neg_eigval: bool = False,  # and double it
-    safe_gate: bool = False,  # promise log-decays ≥ −5; needed by kernels, not by this one
+    safe_gate: bool = False,  # promise log-decays ≥ −5; not needed here
     lower_bound: float | None = None,  # the bounded gate instead of softplus
     state_v_first: bool = False,  # states are [N, HV, V, K], in and out
     chunk_size: int = 64,  # 32 or 64
@@ -331,8 +331,10 @@ def chunk_kda(
     disable_recompute: bool = False,  # keep more for the backward pass: faster, more memory
 ) -> tuple:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] or None; if asked, h
     """Kimi Delta Attention, in chunks; differentiable in all tensors.
-    Half precision is computed in float32, and states are float32. Raises ValueError for a
-    wrong shape, range or combination, TypeError for a wrong dtype, before anything runs.
+    States are float32. Half precision is computed in float32, but on a GPU products have
+    half-precision operands where that costs no more than rounding: without gradients, with
+    unit keys and strengths made here, up to 1. Raises ValueError for a wrong shape, range or
+    combination, TypeError for a wrong dtype, before anything runs.
     Source: Eq. 1 in the form of Eq. 6-9; fla/ops/kda/chunk.py chunk_kda"""
     if state_v_first and initial_state is not None: initial_state = initial_state.mT
     n = check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)

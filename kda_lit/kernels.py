@@ -1165,14 +1165,15 @@ def prepare_kernel(Q, KEYS, G, BETA, A, BIAS, CHUNKS, QG, KE, KG, AQK, X, DECAY,
     first, left = place(chunk, CHUNKS, T, PER, C, PACKED)
     i = tl.arange(0, C)
     row, real, pair = first + i, i < left, i[:, None] * C + i[None, :]
+    beta = tl.load(BETA + row * HV + head, real, 0.0).to(tl.float32)
     Aqk, Akk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     qq, kk, lowest = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
     for start in range(0, K, BK):
         channel = start + tl.arange(0, BK)
-        g = load_decays(G, A, BIAS, row, real, head, channel, bound, HV, K, GATED, BOUNDED,
-                        FREE)
         at = (row[:, None] * H + head // (HV // H)) * K + channel[None, :]
         raw_k, raw_q = tl.load(KEYS + at, real[:, None], 0.0), tl.load(Q + at, real[:, None], 0.0)
+        g = load_decays(G, A, BIAS, row, real, head, channel, bound, HV, K, GATED, BOUNDED,
+                        FREE)
         high, low = split_tile(g * LOG2E, DTYPE)
         G_ = cumsum_tile(low, False, False) + cumsum_tile(high, False, False)
         total = tl.sum(high.to(tl.float32) + low.to(tl.float32), 0)
@@ -1192,7 +1193,6 @@ def prepare_kernel(Q, KEYS, G, BETA, A, BIAS, CHUNKS, QG, KE, KG, AQK, X, DECAY,
         tl.store(DECAY + own * K + channel, power_of_two(total))
     if AGAIN: Akk = tl.trans(Aqk)
     elif FREE: tl.store(WIDE + own, (lowest < -200.0).to(tl.int8))
-    beta = tl.load(BETA + row * HV + head, real, 0.0).to(tl.float32)
     if RAW_BETA: beta = tl.where(real, strongest * sigmoid(beta), 0.0)
     rq, rk = tl.zeros_like(qq) + scale, tl.zeros_like(kk) + 1.0
     if UNIT: rq, rk = scale * tl.rsqrt(qq + 1e-6), tl.rsqrt(kk + 1e-6)
