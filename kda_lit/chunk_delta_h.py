@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .chunk_intra import not_above_0
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, dispatch
-from .utils import first_chunks, from_chunks, to_chunks
+from .utils import first_chunks, from_chunks, sequences, to_chunks
 
 # %% ../nbs/20_chunk_delta_h.ipynb #c007
 @dispatch
@@ -137,7 +137,7 @@ def chunk_gated_delta_rule_fwd_h(
     n = check_shapes(k=(k, "B T H K"), w=(w, "B T H K"), u=(u, "B T H V"),
                      g=(g, "? B T H"), gk=(gk, "? B T H K"))
     check_cu_seqlens(cu_seqlens, n["B"], n["T"])
-    N = n["B"] if cu_seqlens is None else len(cu_seqlens) - 1
+    N = sequences(cu_seqlens, n["B"])
     check_shapes(dict(n, N=N), initial_state=(initial_state, "? N H K V"))
     dtype = compute_dtype(k, w, u, g, gk, initial_state)
     cut = lambda x: to_chunks(x.to(dtype), cu_seqlens, chunk_size)
@@ -216,7 +216,7 @@ def chunk_gated_delta_rule_bwd_dhu(
                      do=(do, "B T H V"), dv=(dv, "B T H V"),
                      g=(g, "? B T H"), gk=(gk, "? B T H K"))
     check_cu_seqlens(cu_seqlens, n["B"], n["T"])
-    N = n["B"] if cu_seqlens is None else len(cu_seqlens) - 1
+    N = sequences(cu_seqlens, n["B"])
     check_shapes(dict(n, N=N), h0=(h0, "? N H K V"), dht=(dht, "? N H K V"))
     dtype = compute_dtype(q, k, w, do, dv, g, gk, dht)
     cut = lambda x: to_chunks(x.to(dtype), cu_seqlens, chunk_size)
