@@ -22,7 +22,7 @@ from .gate import check_gates, resolve_gates
 from .l2norm import l2norm_bwd, l2norm_fwd
 from .solve_tril import unit_lower_inverse_bwd
 from .utils import check_inputs, check_shapes, compute_dtype, dispatch, first_chunks
-from .utils import from_chunks, operator, require, share_heads, to_chunks
+from .utils import from_chunks, operator, require, sequences, share_heads, to_chunks
 from .wy_fast import wy_vectors, wy_vectors_bwd
 
 # %% ../nbs/30_chunk.ipynb #c006
@@ -118,7 +118,7 @@ def states_or_zeros(S, cu_seqlens, k, v):
     "Given states in the dtype of computation, or zeros, [N, HV, K, V]."
     dtype = compute_dtype(k, v, S)
     if S is not None: return S.to(dtype)
-    N = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    N = sequences(cu_seqlens, v.shape[0])
     return v.new_zeros(N, v.shape[2], k.shape[3], v.shape[3], dtype=dtype)
 
 # %% ../nbs/30_chunk.ipynb #c018
@@ -196,7 +196,7 @@ def room_for(
 ) -> int:
     "The most chunks that these tokens can make: a number that follows from shapes alone."
     if cu_seqlens is None: return B * -(-T // chunk_size)
-    return T // chunk_size + len(cu_seqlens) - 1
+    return T // chunk_size + cu_seqlens.shape[0] - 1
 
 
 def of_all_heads(
@@ -259,7 +259,7 @@ class ChunkKDAFunction(torch.autograd.Function):
     def fake(keep, q, k, v, g, beta, scale, S0, normalise, cu_seqlens, chunk_size,
              disable_recompute):
         (B, T, HV, V), K, C = v.shape, k.shape[3], chunk_size
-        N, NT = B if cu_seqlens is None else len(cu_seqlens) - 1, room_for(cu_seqlens, B, T, C)
+        N, NT = sequences(cu_seqlens, B), room_for(cu_seqlens, B, T, C)
         new = lambda M, *shape: v.new_empty(M, HV, *shape, dtype=compute_dtype(q, k, v, g, beta))
         prepared = [new(NT, C, D) for D in (K, K, K, K, K, K, V)] if disable_recompute else []
         kept = [new(NT, C, C), new(NT, C, C), *prepared] if keep else []

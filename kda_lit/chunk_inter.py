@@ -9,7 +9,7 @@ __all__ = ['inter_chunk_bwd', 'chunk_kda_bwd_dqkwg']
 import torch
 from torch import Tensor
 
-from .chunk_intra import per_token, per_token_bwd
+from .chunk_intra import decays_in_chunks, per_token_bwd
 from .chunk_o import check_states
 from .cumsum import since_start, since_start_bwd, until_end, until_end_bwd
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, dispatch
@@ -63,7 +63,8 @@ def chunk_kda_bwd_dqkwg(
     dtype = compute_dtype(q, k, v, h, g, do, dh, dv)
     cut = lambda x: to_chunks(share_heads(x.to(dtype), n["HV"]), cu_seqlens, chunk_size)
     if scale is None: scale = n["K"] ** -0.5
-    decays, (h, dh) = per_token(cut(g)).clamp(max=0), (x.flatten(0, 1).to(dtype) for x in (h, dh))
+    decays = decays_in_chunks(g.to(dtype), cu_seqlens, chunk_size)
+    h, dh = (x.flatten(0, 1).to(dtype) for x in (h, dh))
     since, until = since_start(decays).exp(), until_end(decays).exp()
     dq, dk, dw, dg = inter_chunk_bwd(
         cut(q), cut(k), cut(v), h, since, until, cut(do), dh, cut(dv), scale)

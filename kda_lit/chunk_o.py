@@ -10,7 +10,7 @@ __all__ = ['read_out', 'check_states', 'chunk_gla_fwd_o_gk', 'scores_bwd', 'writ
 import torch
 from torch import Tensor
 
-from .chunk_intra import per_token
+from .chunk_intra import decays_in_chunks
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, dispatch
 from .utils import first_chunks, from_chunks, share_heads, to_chunks
 
@@ -132,7 +132,8 @@ def chunk_bwd_dv_local(
     if A is None:
         decays = torch.zeros_like(cut(do[..., 0]))
         if g is not None:
-            decays = decays + per_token(cut(g)[..., None]).squeeze(-1).clamp(max=0)
+            one = decays_in_chunks(g[..., None].to(dtype), cu_seqlens, chunk_size)
+            decays = decays + one.squeeze(-1)
         if g_gamma is not None: decays = decays + g_gamma[:, None].to(dtype)
         if scale is None: scale = n["K"] ** -0.5
         scores = scalar_decay_scores(cut(q), cut(k), decays) * scale

@@ -15,7 +15,8 @@ from .chunk_delta_h import in_chunk_order, schedule
 from .gate import resolve_gates
 from .l2norm import l2norm_bwd
 from .naive import kda_step
-from .utils import check_inputs, compute_dtype, dispatch, operator, share_heads
+from .utils import check_inputs, compute_dtype, dispatch, operator
+from .utils import sequences, share_heads
 
 # %% ../nbs/31_fused_recurrent.ipynb #c005
 def kda_step_bwd(
@@ -152,7 +153,7 @@ class FusedRecurrentKDAFunction(torch.autograd.Function):
     @staticmethod
     def fake(keep, q, k, v, g, beta, scale, S0, normalise, cu_seqlens):
         (B, T, HV, V), K = v.shape, k.shape[3]
-        N = B if cu_seqlens is None else len(cu_seqlens) - 1
+        N = sequences(cu_seqlens, B)
         S = v.new_empty(N, HV, K, V, dtype=compute_dtype(k, v, S0))
         return [v.new_empty(v.shape), S, S.new_empty(B * T // 64 + N if keep else 0, HV, K, V)]
 

@@ -18,7 +18,7 @@ from .fused_recurrent import fused_recurrent_kda
 from .gate import fused_kda_gate
 from .modules import FusedRMSNormGated, ShortConvolution
 from .utils import (check_cu_seqlens, check_shapes, compute_dtype, get_unpad_data,
-                           index_first_axis, pad_input, require, share_heads)
+                           index_first_axis, pad_input, require, sequences, share_heads)
 
 # %% ../nbs/50_layer.ipynb #c022
 def draw_A_log(
@@ -251,10 +251,10 @@ def run_layer(layer, hidden_states, attention_mask, past_key_values, use_cache, 
     check_shapes({"d": layer.q_proj.in_features}, hidden_states=(hidden_states, "B T d"))
     B, T, _ = hidden_states.shape
     x, places, cu_seqlens = _unpad(hidden_states, attention_mask, cu_seqlens)
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    N = sequences(cu_seqlens, B)
     conv_state, state = _recall(layer, past_key_values, N)
     q, k, v, conv_state = _qkv(layer, x, conv_state, use_cache, cu_seqlens)
-    by_token = layer.mode == "fused_recurrent" or (T <= 64 and not layer.training)
+    by_token = layer.mode == "fused_recurrent" or (not layer.training and T <= 64)
     operator = layer.by_token if by_token else layer.in_chunks
     g, beta, options = layer.for_operator(x)
     o, state = operator(q, k, v, g, beta, None, state, use_cache, True, cu_seqlens, **options)

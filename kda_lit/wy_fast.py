@@ -9,7 +9,7 @@ __all__ = ['wy_vectors', 'recompute_w_u_fwd', 'wy_vectors_bwd', 'prepare_wy_repr
 import torch
 from torch import Tensor
 
-from .chunk_intra import per_token
+from .chunk_intra import decays_in_chunks
 from .cumsum import since_start, until_end
 from .solve_tril import unit_lower_inverse_bwd
 from .utils import check_cu_seqlens, check_shapes, compute_dtype, dispatch
@@ -47,7 +47,8 @@ def recompute_w_u_fwd(
     cut = lambda x: to_chunks(share_heads(x.to(dtype), n["HV"]), cu_seqlens, n["C"])
     sew = lambda x: from_chunks(x, cu_seqlens, n["B"], n["T"]).to(v.dtype)
     keys = cut(k)
-    g = torch.zeros_like(keys) if gk is None else per_token(cut(gk)).clamp(max=0)
+    g = torch.zeros_like(keys)
+    if gk is not None: g = decays_in_chunks(gk.to(dtype), cu_seqlens, n["C"])
     faded = since_start(g).exp()
     w, u = wy_vectors(keys * faded, cut(v), cut(beta), cut(A))
     qg = None if q is None else sew(cut(q) * faded)
