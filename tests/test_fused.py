@@ -29,7 +29,7 @@ def fused(backend, monkeypatch):
     "chunk_kda(**x, …) there; fails unless the two kernels have computed it."
     calls, forward = [], kernels.fused_forward
     monkeypatch.setattr(kernels, "fits", lambda *args: True)
-    monkeypatch.setattr(kernels, "fused_forward", lambda *args: calls.append(1) or forward(*args))
+    monkeypatch.setattr(kernels, "fused_forward", lambda *args, **how: calls.append(1) or forward(*args, **how))
 
     def run(x, **options):
         o, S = backend(chunk_kda, **x, output_final_state=True, **options)
