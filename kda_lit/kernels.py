@@ -1134,7 +1134,7 @@ def folded_inverse_tile(
 ):  # [C, C]
     "X of equation 3."
     N = (beta * rk)[:, None] * Akk * rk[None, :]
-    return rk[:, None] * inverse_tile(N, EXACT, TYPE)
+    return rk[:, None] * inverse_tile(N, EXACT, TYPE) * beta[None, :]
 
 # %% ../nbs/40_fused_forward.ipynb #loads
 @triton.jit
@@ -1168,7 +1168,7 @@ def prepare_kernel(Q, KEYS, G, BETA, A, BIAS, CHUNKS, QG, KE, KG, AQK, X, DECAY,
                    scale, bound, strongest, T, PER, H, HV, K: tl.constexpr, C: tl.constexpr,
                    BK: tl.constexpr, GATED: tl.constexpr, BOUNDED: tl.constexpr,
                    FREE: tl.constexpr, UNIT: tl.constexpr, RAW_BETA: tl.constexpr, PACKED: tl.constexpr,
-                   EXACT: tl.constexpr, STRONG: tl.constexpr, AGAIN: tl.constexpr):
+                   EXACT: tl.constexpr, AGAIN: tl.constexpr):
     DTYPE: tl.constexpr = Q.dtype.element_ty
     RANGE: tl.constexpr = tl.float32 if DTYPE == tl.float16 else DTYPE
     SHORT: tl.constexpr = tl.float32 if EXACT or DTYPE == tl.float32 else tl.float16
@@ -1220,14 +1220,13 @@ def prepare_kernel(Q, KEYS, G, BETA, A, BIAS, CHUNKS, QG, KE, KG, AQK, X, DECAY,
     tl.store(scalars + 2 * C, beta)
     Aqk = tl.where(i[:, None] >= i[None, :], rq[:, None] * Aqk, 0.0)
     tl.store(AQK + own * C * C + pair, Aqk.to(DTYPE))
-    inverse = folded_inverse_tile(Akk, beta, rk, EXACT, SHORT)
-    if STRONG: inverse *= beta[None, :]
-    tl.store(X + own * C * C + pair, inverse.to(DTYPE))
+    X_ = folded_inverse_tile(Akk, beta, rk, EXACT, SHORT)
+    tl.store(X + own * C * C + pair, X_.to(DTYPE))
 
 # %% ../nbs/40_fused_forward.ipynb #prepare-launcher
 def prepare_triton(q, k, g, beta, scale, unit, cu_seqlens, gated, A, bias, raw_beta, doubled,
-                   lower_bound, C=32, strong=False):
-    "qg, ke, kg, Aqk, X (strong: X β), decay and row scalars of all chunks, and which are wide."
+                   lower_bound, C=32):
+    "qg, ke, kg, Aqk, X, decay and row scalars of all chunks, and which are wide."
     (B, T, H, K), HV, per = q.shape, beta.shape[2], triton.cdiv(q.shape[1], C)
     NT, chunks, packed = B * per, q, cu_seqlens is not None      # chunks: here not read
     if packed:
@@ -1246,7 +1245,7 @@ def prepare_triton(q, k, g, beta, scale, unit, cu_seqlens, gated, A, bias, raw_b
                float(scale), float(lower_bound or 0), 2.0 if doubled else 1.0, T, per, H, HV,
                K=K, C=C, BK=min(BK, 32) if again else BK, GATED=gated, BOUNDED=bounded,
                FREE=free, UNIT=unit, RAW_BETA=raw_beta, PACKED=packed, EXACT=exact,
-               STRONG=strong, AGAIN=again)
+               AGAIN=again)
     return *results, wide
 
 # %% ../nbs/40_fused_forward.ipynb #folded-step-tile
@@ -1256,7 +1255,7 @@ def folded_step_tile(
     ke,  # faded keys, turned, [K, C]
     qg,  # faded queries, turned, [K, C]
     kg,  # keys faded to the end, [C, K]
-    X,  # with β on its right, turned, [C, C]
+    X,  # turned, [C, C]
     Aqk,  # turned, [C, C]
     decay,  # of the whole chunk, [K]
     rq,  # [C]
@@ -1304,7 +1303,7 @@ def walk_kernel(VALUES, QG, KE, KG, AQK, X, DECAY, SCALARS, S0, O, S1, KEPT, OFF
     for step in tl.range(0, count, num_stages=STAGES):
         if KEEP:
             if step % 2 == 0:
-                kept = ((pair + step // 2) * HV + head) * K * V + value * K + key[None, :]
+                kept = ((pair + step // 2) * HV + head) * K * V + key[None, :] * V + value
                 tl.store(KEPT + kept, S.to(KEPT.dtype.element_ty))
         v = tl.load(VALUES + tl.minimum(token, left - 1)[None, :] * (HV * V) + value)
         ke, qg = tl.load(KE + turned), tl.load(QG + turned)
@@ -1329,9 +1328,9 @@ def fused_forward(q, k, v, g, beta, scale, S, unit, cu_seqlens, *gates, keep=Fal
         cu_seqlens = borders = cu_seqlens.to(q.device)
         offsets, N = prepare_chunk_offsets(borders, C), len(borders) - 1
         firsts, pairs = prepare_chunk_offsets(borders, 2 * C), T // (2 * C) + N
-    prepared = prepare_triton(q, k, g, beta, scale, unit, cu_seqlens, *gates, C, strong=True)[:7]
+    prepared = prepare_triton(q, k, g, beta, scale, unit, cu_seqlens, *gates, C)[:7]
     o, final = torch.empty_like(v), v.new_empty(N, HV, K, V, dtype=torch.float32)
-    kept = v.new_empty(pairs if keep else 0, HV, V, K)
+    kept = v.new_empty(pairs if keep else 0, HV, K, V)
     S0, BV = final if S is None else S.contiguous(), 32 if V % 64 else 64
     launch(walk_kernel, (N * HV * (V // BV),), v, *prepared, S0, o, final, kept, offsets,
            borders, firsts, T, triton.cdiv(T, C), HV, K=K, V=V, C=C, BV=BV, STATE=S is not None,
