@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prepared', 'prepare_chunks', 'Forward', 'forward_chunks', 'backward_chunks', 'cut_inputs', 'states_or_zeros',
            'chunk_kda_fwd', 'chunk_kda_bwd', 'take_turns', 'room_for', 'of_all_heads', 'ChunkKDAFunction', 'of_heads',
-           'unit_length', 'chunk_kda_inference', 'chunk_kda', 'Trace', 'trace_kda']
+           'unit_length', 'chunk_kda_inference', 'chunk_kda_operator', 'chunk_kda', 'Trace', 'trace_kda']
 
 # %% ../nbs/30_chunk.ipynb #c003
 from typing import NamedTuple
@@ -305,6 +305,19 @@ def chunk_kda_inference(
     return ChunkKDAFunction.apply(q, k, v, g, beta, scale, initial_state,
                                   use_qk_l2norm_in_kernel, cu_seqlens, chunk_size, False)[:2]
 
+# %% ../nbs/30_chunk.ipynb #operator
+@dispatch
+def chunk_kda_operator(
+    q: Tensor,  # these as in `chunk_kda`, and checked
+    k: Tensor,
+    v: Tensor,
+    use_qk_l2norm_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    allow_neg_eigval: bool,
+) -> type | None:  # an autograd.Function, gates and norms included
+    "What computes all of `chunk_kda` and its gradients for such inputs, if there is anything."
+    return None
+
 # %% ../nbs/30_chunk.ipynb #c025
 def chunk_kda(
     q: Tensor,  # queries, [B, T, H, K]
@@ -345,7 +358,14 @@ def chunk_kda(
     leaves = q, k, v, g, beta, initial_state, A_log, dt_bias
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     options = scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens, chunk_size
-    if learns or return_intermediate_states or torch.compiler.is_compiling():
+    pieces, whole = return_intermediate_states or torch.compiler.is_compiling(), None
+    if learns and not pieces:
+        whole = chunk_kda_operator(q.detach(), k.detach(), v.detach(), use_qk_l2norm_in_kernel,
+                                   use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    if whole:
+        o, S = whole.apply(*leaves, scale, use_qk_l2norm_in_kernel, cu_seqlens, use_gate_in_kernel,
+                           use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound)
+    elif learns or pieces:
         g, beta = resolve_gates(g, beta, *raw, lower_bound=lower_bound)
         o, S, h = ChunkKDAFunction.call(q, k, v, g, beta, *options, disable_recompute)
     else: o, S = chunk_kda_inference(q, k, v, g, beta, *options, *raw, lower_bound)
