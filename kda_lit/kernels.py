@@ -1308,7 +1308,7 @@ def walk_kernel(VALUES, QG, KE, KG, AQK, X, DECAY, SCALARS, S0, O, S1, KEPT, OFF
                 kept = ((pair + step // 2) * HV + head) * K * V + value * K + key[None, :]
                 tl.store(KEPT + kept, S.to(KEPT.dtype.element_ty))
         v = tl.load(VALUES + tl.minimum(token, left - 1)[None, :] * (HV * V) + value)
-        faded = tl.load(tl.where(both < C, KE + turned, QG + turned - C * K))
+        faded = tl.load(tl.where(both < C, KE + turned, QG - C * K + turned))
         Xt, Aqk = tl.load(X + square), tl.load(AQK + square)
         kg = tl.load(KG + token[:, None] * K + key[None, :])
         decay, rq, rk = tl.load(DECAY + key), tl.load(SCALARS + token), tl.load(SCALARS + C + token)
