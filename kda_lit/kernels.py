@@ -1260,21 +1260,19 @@ def prepare_triton(q, k, g, beta, scale, unit, cu_seqlens, gated, A, bias, raw_b
 @triton.jit
 def writes_tile(
     v,  # [V, C]
-    ke,  # faded keys, turned, [K, C]
+    known,  # what the state answers to faded keys, [V, C]
     X,  # turned, [C, C]
     rk,  # [C]
-    S,  # state on entry, in the type of the products, [V, K]
 ):  # what tokens write, [V, C]
     "Equation 3, first line, turned."
-    known = rk[None, :] * dot(S, ke)
-    return (dot(v, X) - dot(known.to(ke.dtype), X)).to(ke.dtype)
+    known = (rk[None, :] * known).to(v.dtype)
+    return (dot(v, X) - dot(known, X)).to(v.dtype)
 
 
 @triton.jit
 def folded_step_tile(
     v,  # [V, C]
-    ke,  # faded keys, turned, [K, C]
-    qg,  # faded queries, turned, [K, C]
+    faded,  # keys, then queries, turned, [K, 2C]
     kg,  # keys faded to the end, [C, K]
     X,  # turned, [C, C]
     Aqk,  # turned, [C, C]
@@ -1284,10 +1282,11 @@ def folded_step_tile(
     S,  # state on entry, [V, K]
 ):  # o [V, C], the state on exit [V, K]
     "Equation 3, turned."
-    short = S.to(ke.dtype)
-    v_new = writes_tile(v, ke, X, rk, short)
+    answers = tl.reshape(dot(S.to(v.dtype), faded), (v.shape[0], 2, v.shape[1]))
+    known, o = tl.split(tl.permute(answers, (0, 2, 1)))
+    v_new = writes_tile(v, known, X, rk)
     S = S * decay[None, :] + dot(v_new, kg)
-    return rq[None, :] * dot(short, qg) + dot(v_new, Aqk), S
+    return rq[None, :] * o + dot(v_new, Aqk), S
 
 # %% ../nbs/40_fused_forward.ipynb #course
 @triton.jit
@@ -1319,18 +1318,19 @@ def walk_kernel(VALUES, QG, KE, KG, AQK, X, DECAY, SCALARS, S0, O, S1, KEPT, OFF
     QG, KE, KG = QG + own * C * K, KE + own * C * K, KG + own * C * K
     AQK, X, DECAY, SCALARS = AQK + own * C * C, X + own * C * C, DECAY + own * K, SCALARS + own * 3 * C
     VALUES, O = VALUES + (row * HV + head) * V, O + (row * HV + head) * V
-    turned, square = key[:, None] + token[None, :] * K, token[:, None] + token[None, :] * C
+    both = tl.arange(0, 2 * C)[None, :]
+    turned, square = key[:, None] + both * K, token[:, None] + token[None, :] * C
     for step in tl.range(0, count, num_stages=STAGES):
         if KEEP:
             if step % 2 == 0:
                 kept = ((pair + step // 2) * HV + head) * K * V + key[None, :] * V + value
                 tl.store(KEPT + kept, S.to(KEPT.dtype.element_ty))
         v = tl.load(VALUES + tl.minimum(token, left - 1)[None, :] * (HV * V) + value)
-        ke, qg = tl.load(KE + turned), tl.load(QG + turned)
+        faded = tl.load(tl.where(both < C, KE + turned, QG - C * K + turned))
         Xt, Aqk = tl.load(X + square), tl.load(AQK + square)
         kg = tl.load(KG + token[:, None] * K + key[None, :])
         decay, rq, rk = tl.load(DECAY + key), tl.load(SCALARS + token), tl.load(SCALARS + C + token)
-        o, S = folded_step_tile(v, ke, qg, kg, Xt, Aqk, decay, rq, rk, S)
+        o, S = folded_step_tile(v, faded, kg, Xt, Aqk, decay, rq, rk, S)
         tl.store(O + token[None, :] * (HV * V) + value, o.to(O.dtype.element_ty), token[None, :] < left)
         left -= C
         QG, KE, KG = QG + HV * C * K, KE + HV * C * K, KG + HV * C * K
@@ -1374,7 +1374,7 @@ def chunk_kda_inference_triton(q, k, v, g, beta, scale, S, unit, cu_seqlens, chu
                                      *gates)
 
 # %% ../nbs/41_fused_backward.ipynb #imports
-from .utils import keep_backend
+from .utils import keep_backend, prepare_chunk_indices, prepare_chunk_offsets
 
 # %% ../nbs/41_fused_backward.ipynb #replay-loads
 @triton.jit
@@ -1395,7 +1395,7 @@ def load_writes(VALUES, KE, X, SCALARS, S, own, left, value, key, token, HV,
     v = tl.load(VALUES + tl.minimum(token, left - 1)[None, :] * (HV * V) + value)
     ke = tl.load(KE + own * C * K + token[None, :] * K + key[:, None])
     X_ = tl.load(X + own * C * C + token[:, None] + token[None, :] * C)
-    return writes_tile(v, ke, X_, tl.load(SCALARS + own * 3 * C + C + token), S)
+    return writes_tile(v, dot(S, ke), X_, tl.load(SCALARS + own * 3 * C + C + token))
 
 # %% ../nbs/41_fused_backward.ipynb #replay-kernel
 @triton.jit(do_not_specialize=["T", "PER"])

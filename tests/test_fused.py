@@ -191,21 +191,21 @@ def test_short_and_long_keys(fused, backend, length, gate):
 def test_who_computes(monkeypatch):
     "The two kernels where nothing needs a gradient and they fit; else everything as before."
     dtype, calls = DTYPES[0], []
-    monkeypatch.setattr(kernels, "fused_forward", lambda q, k, v, *rest: calls.append(1) or (v, None))
+    monkeypatch.setattr(kernels, "fused_forward", lambda q, k, v, *rest, keep=False: calls.append(keep) or (v + 0, None, v))
     if DEVICE == "cpu": monkeypatch.setattr(kernels, "fits", lambda q, *rest: q.shape[3] == 32 and rest[2:] == (True, True, False))
     backend = Backend("triton", dtype)
     def used(x, **options):
         calls.clear()
         known = dict(use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
         backend(chunk_kda, **x, **known | options)
-        return bool(calls)
+        return calls
     x = draw(1, 5, 1, 32, 32)
-    assert used(x) and not used(x, return_intermediate_states=True) and not used(draw(1, 5, 1, 20, 32))
+    assert used(x) == [False] and not used(x, return_intermediate_states=True) and not used(draw(1, 5, 1, 20, 32))
     assert not used(x, use_qk_l2norm_in_kernel=False) and not used(x, allow_neg_eigval=True)
     assert not used(x, use_beta_sigmoid_in_kernel=False)                 # strengths could be anything
     leaf = backend.put(x["g"]).requires_grad_()
-    assert not used(dict(x, g=leaf))
-    with torch.no_grad(): assert used(dict(x, g=leaf))
+    assert used(dict(x, g=leaf)) == [True]                               # and states are kept
+    with torch.no_grad(): assert used(dict(x, g=leaf)) == [False]
 
 
 @pytest.mark.parametrize("dtype, K, V, fit", [(torch.bfloat16, 128, 128, True), (torch.float16, 64, 96, True), (torch.float32, 128, 128, False),
