@@ -1610,10 +1610,10 @@ def gradients_kernel(Q, KEYS, VALUES, G, A, BIAS, CHUNKS, SIDES, SCALARS, WIDE, 
     length = tl.load(SCALARS + own * 3 * C + r)                 # of queries, then of keys
     beta = tl.load(SCALARS + own * 3 * C + 2 * C + i)
     dA, on = dot(outer, tl.trans(late)), r[:, None] == r[None, :]                        # [2C, 2C]
-    found = tl.sum(tl.where(on, dA, 0.0), 1) / (length * beta)                           # dv · w
+    found = tl.sum(tl.where(on & (beta != 0)[:, None], dA, 0.0), 1)
+    found /= tl.where(beta == 0, 1.0, length * beta)            # dv · w; nothing where nothing is written
     if start == 0:
-        if RAW_BETA: dbeta = tl.where(beta > 0, found * (1 - beta / strongest), 0.0)
-        else: dbeta = found / beta
+        dbeta = found * (1 - beta / strongest) if RAW_BETA else found / beta
         tl.store(DBETA + query + token, dbeta, is_key & (i < left))
     s = tl.where(is_key, -length, length)
     earlier = ((i - is_key)[:, None] >= i[None, :]) & is_key[None, :]

@@ -1,0 +1,179 @@
+"""Gradients of `chunk_kda` by fused kernels: against autograd through the recurrence, or through chunks, in float64.
+
+As in test_fused.py: without a GPU in the interpreter and in float32, a precision in which these kernels are otherwise not used;
+with one in half precision, where errors in the norm must stay below those that rounding makes.
+"""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import DEVICE, Backend, poisoned
+from helpers import borders, draw
+from kda_lit import chunk_kda, naive_recurrent_kda
+from kda_lit.utils import use_backend
+
+pytest.importorskip("triton")
+import kda_lit.kernels as kernels  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")     # what overflows is computed once more
+
+DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.bfloat16, torch.float16]
+GATE = dict(use_gate_in_kernel=True)
+RAW = dict(use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def backend(request):
+    yield from poisoned(Backend("triton", request.param))
+
+
+def raw(B=1, T=40, H=1, K=32, V=32, HV=None, *, gated=True, seed=0, **options):
+    "Raw gates, strengths, and queries and keys of any length; parameters of the gate."
+    x, random = draw(B, T, H, K, V, HV, seed=seed, **options), torch.Generator().manual_seed(seed)
+    new = lambda *size: torch.randn(size, generator=random, dtype=torch.float64)
+    x["q"], x["k"], x["beta"] = 3 * new(*x["q"].shape), 3 * new(*x["k"].shape), new(*x["beta"].shape)
+    if gated: x |= dict(g=new(*x["g"].shape), A_log=new(x["v"].shape[2]).abs(), dt_bias=new(x["g"].shape[2:].numel()))
+    return x
+
+
+def through(op, x, do, dS, **options):
+    "Gradients of (o · do).sum() + (S · dS).sum() with respect to every tensor of x."
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in x.items()}
+    o, S = op(**leaves, output_final_state=True, **options)
+    grads = torch.autograd.grad((o, S), [*leaves.values()], (do.to(o), dS.to(S)))
+    return dict(zip(leaves, grads))
+
+
+def check(backend, monkeypatch, x, tol=None, cu_seqlens=None, **options):
+    "Every gradient that fused kernels give."
+    if DEVICE == "cpu": monkeypatch.setattr(kernels, "fits", lambda *args: True)
+    calls, bwd = [], kernels.fused_backward
+    monkeypatch.setattr(kernels, "fused_backward", lambda *args: calls.append(1) or bwd(*args))
+    single = {"initial_state", "A_log", "dt_bias"}
+    x = {name: t.float().double() if name in single else backend.rounded(t) for name, t in x.items()}
+    put = {name: t.to(DEVICE, torch.float32 if name in single else backend.dtype) for name, t in x.items()}
+    random = torch.Generator().manual_seed(7)
+    do = backend.rounded(torch.randn(x["v"].shape, generator=random))
+    dS = torch.randn(x["initial_state"].shape, generator=random)
+    options = RAW | (GATE if "A_log" in x else {}) | options
+    with use_backend("torch"): want = through(chunk_kda, x, do, dS, cu_seqlens=cu_seqlens, **options)
+    with use_backend("triton"): got = through(chunk_kda, put, do.to(DEVICE), dS.to(DEVICE), cu_seqlens=cu_seqlens, **options)
+    assert calls, "fused kernels were not used"
+    tol = tol or {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}[backend.dtype]
+    for name in want:
+        assert got[name].dtype == put[name].dtype and got[name].shape == want[name].shape
+        floor = 0.1 * (x["k"] * want["k"]).norm() if name == "g" else 1e-30     # what is summed, where nearly all cancels
+        error = (got[name].double().cpu() - want[name]).norm() / want[name].norm().clamp(min=floor)
+        assert got[name].isfinite().all() and error < tol, f"d{name} is off by {error:.1e}"
+    return got
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 32, 32), (1, 33, 1, 1, 128, 64), (2, 70, 1, 2, 64, 128), (1, 64, 2, 2, 32, 32)], ids=str)
+@pytest.mark.parametrize("bound", [None, -5.])
+def test_shapes(backend, monkeypatch, shape, bound):
+    B, T, H, HV, K, V = shape
+    check(backend, monkeypatch, raw(B, T, H, K, V, HV), lower_bound=bound)
+
+
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_packed(backend, monkeypatch, integers):
+    lens = [0, 1, 33, 0, 64, 65, 20, 0]
+    check(backend, monkeypatch, raw(1, sum(lens), HV=2, N=len(lens)), cu_seqlens=borders(lens).to(integers), lower_bound=-5.)
+
+
+STEPS = torch.tensor([0., -0.01, -1., -5., -6., -20., -80., -500.]).double()
+DECAYS = {str(d.item()): d for d in STEPS} | {
+    "mixed": STEPS[torch.randint(8, (1, 40, 1, 32), generator=torch.Generator().manual_seed(1))],
+    "one cut": -500. * (torch.arange(40) == 20).double()[:, None, None], "by channel": STEPS[torch.arange(32) % 8]}
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_hard_decays(backend, monkeypatch, decay):
+    check(backend, monkeypatch, raw(gated=False, decay=DECAYS[decay]))
+
+
+def test_keys_that_repeat(backend, monkeypatch):
+    "Near-duplicate keys, full strengths, weak decays: where the inverse is largest."
+    x = raw(1, 64, 1, 64, 32, gated=False, decay=-0.001)
+    x["k"] = torch.ones_like(x["k"]) + 0.05 * torch.randn_like(x["k"])
+    x["beta"] = torch.full_like(x["beta"], 4.)
+    check(backend, monkeypatch, x, tol=1e-4 if DEVICE == "cpu" else 0.1)
+
+
+def test_strengths_that_vanish(backend, monkeypatch):
+    "A raw strength so low that its sigmoid is zero: nothing is written, and nothing is divided by it."
+    x = raw()
+    x["beta"][:, ::3] = -200.
+    got = check(backend, monkeypatch, x, lower_bound=-5.)
+    assert (got["beta"][:, ::3] == 0).all() and (got["v"][:, ::3] == 0).all()
+
+
+@pytest.mark.parametrize("options", [dict(A_log=None), dict(dt_bias=None), dict(scale=-0.3)], ids=str)
+def test_options(backend, monkeypatch, options):
+    x = {name: t for name, t in raw().items() if options.get(name, 0) is not None}
+    check(backend, monkeypatch, x, lower_bound=-5., **GATE, **{name: v for name, v in options.items() if v is not None})
+
+
+def test_layouts(backend, monkeypatch):
+    "Inputs and gradients that are not contiguous, states with values first, no initial state, half of the leaves."
+    if DEVICE == "cpu": monkeypatch.setattr(kernels, "fits", lambda *args: True)
+    x = backend.put(raw(2, 40, 2))
+    options, names = RAW | GATE, [n for n in x if n != "initial_state"]
+    def run(x, turn=lambda t: t, **more):
+        leaves = {n: turn(x[n].detach()).requires_grad_(n not in ("g", "beta")) for n in names}
+        with use_backend("triton"): o, S = chunk_kda(**leaves, output_final_state=True, **options, **more)
+        S = S.mT if more else S
+        (turn(o).square().sum() + S.sum()).backward()
+        return [leaves[n].grad for n in names]
+    turn = lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)
+    for a, b in zip(run(x), run(x, turn, state_v_first=True)):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+def test_state_of_a_graph(backend, monkeypatch):
+    "A second derivative is refused, a second backward pass through a kept graph gives the same."
+    if DEVICE == "cpu": monkeypatch.setattr(kernels, "fits", lambda *args: True)
+    x = {n: t.requires_grad_() for n, t in backend.put(raw()).items()}
+    with use_backend("triton"): o, _ = chunk_kda(**x, **RAW, **GATE)
+    one, two = (torch.autograd.grad(o.sum(), x["k"], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(one, two)
+    d, = torch.autograd.grad(o.square().sum(), x["k"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"): d.sum().backward()
+
+
+def test_against_the_recurrence(backend, monkeypatch):
+    "Not only against chunks: autograd through the definition, gates and norms by hand."
+    x = raw(1, 37, 1, 32, 32)
+    got = check(backend, monkeypatch, x, lower_bound=-5.)
+
+    def definition(q, k, v, g, beta, A_log, dt_bias, initial_state, output_final_state):
+        unit = lambda t: t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        g = -5 * torch.sigmoid(A_log.exp()[:, None] * (g + dt_bias.view(g.shape[2:])))
+        return naive_recurrent_kda(unit(q), unit(k), v, g, beta.sigmoid(), initial_state=initial_state, output_final_state=True)
+    random = torch.Generator().manual_seed(7)
+    x = {n: t if n in ("initial_state", "A_log", "dt_bias") else backend.rounded(t) for n, t in x.items()}
+    do = backend.rounded(torch.randn(x["v"].shape, generator=random))
+    want = through(definition, x, do, torch.randn(x["initial_state"].shape, generator=random).double())
+    for name in want:
+        error = (got[name].double().cpu() - want[name]).norm() / want[name].norm()
+        assert error < (1e-5 if DEVICE == "cpu" else 0.02), f"d{name} is off by {error:.1e}"
+
+
+def test_memory_that_is_kept():
+    "What the backward pass needs beyond inputs and outputs: a state for every 64 tokens."
+    if DEVICE == "cpu": pytest.skip("needs a GPU")
+    x = {n: t.to(DEVICE, torch.bfloat16).requires_grad_() for n, t in raw(1, 4096, 8, 128, 128, gated=False).items() if n != "initial_state"}
+    chunk_kda(**x, **RAW)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    o, _ = chunk_kda(**x, **RAW)
+    kept = torch.cuda.memory_allocated() - before - o.nbytes
+    assert kept / (4096 * 8) < 780
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("bound", [None, -5.])
+@pytest.mark.parametrize("shape", [(2, 1000, 4, 8, 128, 128), (1, 777, 2, 4, 128, 32), (1, 500, 2, 2, 64, 64)], ids=str)
+def test_larger(backend, monkeypatch, shape, bound):
+    B, T, H, HV, K, V = shape
+    check(backend, monkeypatch, raw(B, T, H, K, V, HV), lower_bound=bound)
