@@ -1519,7 +1519,7 @@ def middle_bwd_tile(
     c, r = tl.arange(0, g.shape[0])[None, :], tl.arange(0, x.shape[0])
     is_key, diagonal = (r >= g.shape[0])[:, None], i[:, None] == tl.arange(0, x.shape[1])[None, :]
     around = sums(tl.where(c <= i[:, None], 0.5, -0.5), g, DTYPE)
-    half = power_of_two(sums(tl.full([x.shape[0], g.shape[0]], 0.5, DTYPE), g, DTYPE))
+    half = power_of_two(0.5 * tl.sum(g, 0))[None, :]
     since, until = power_of_two(around), power_of_two(-around)
     inside, written, rows, columns = pairs_bwd_tile(dA, x * since, x * until, RANGE)
     read, stored = inside + half * read, half * stored
@@ -1578,8 +1578,8 @@ def load_decays_bwd(dg, G, A, BIAS, at, real, head, channel, bound, K: tl.conste
 @triton.jit(do_not_specialize=["T", "PER"])
 def gradients_kernel(Q, KEYS, VALUES, G, A, BIAS, CHUNKS, SIDES, SCALARS, WIDE, WRITES, KEPT, MIDDLE,
                      O, DO, DV, DSTATES, DQ, DK, DG, DBETA, DA, scale, bound, strongest, T, PER, H,
-                     HV, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr,
-                     BOUNDED: tl.constexpr, FREE: tl.constexpr, UNIT: tl.constexpr,
+                     HV, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+                     GATED: tl.constexpr, BOUNDED: tl.constexpr, FREE: tl.constexpr, UNIT: tl.constexpr,
                      RAW_BETA: tl.constexpr, PACKED: tl.constexpr, AGAIN: tl.constexpr):
     DTYPE: tl.constexpr = Q.dtype.element_ty
     RANGE: tl.constexpr = tl.float32 if DTYPE == tl.float16 else DTYPE
@@ -1590,23 +1590,25 @@ def gradients_kernel(Q, KEYS, VALUES, G, A, BIAS, CHUNKS, SIDES, SCALARS, WIDE, 
     first, left = place(chunk, CHUNKS, T, PER, C, PACKED)
     if PACKED: side = tl.load(SIDES + chunk)
     else: side = chunk // PER * tl.cdiv(PER, 2) * 2 + chunk % PER
-    c, r, value = tl.arange(0, C), tl.arange(0, 2 * C), tl.arange(0, V)
+    c, r, value = tl.arange(0, C), tl.arange(0, 2 * C), tl.arange(0, BV)
     i, is_key, channel = r % C, r >= C, start + c
-    real, key_row = (i < left)[:, None], is_key[:, None]
+    real, key_row, seen = (i < left)[:, None], is_key[:, None], tl.full([1, BV], 1, tl.int1)
+    if V < BV: seen = (value < V)[None, :]
     shared, query, token = first * H + head // (HV // H), first * HV + head, i * HV
     state = (side // 2 * HV + head) * K * V + start * V
     STATES = tl.where(side % 2 == 0, KEPT, MIDDLE) + state
     at_v, at_w = token[:, None] * V + value[None, :], i[:, None] * V + value[None, :]
     at_k, at_s = token[:, None] * K + channel[None, :], c[:, None] * V + value[None, :]
-    outer = tl.load(tl.where(key_row, DV + query * V + at_v, DO + query * V + at_v), real, 0.0)
+    outer = tl.load(tl.where(key_row, DV + query * V + at_v, DO + query * V + at_v), real & seen, 0.0)
     # what keys have written, and, below queries, the state
-    late = tl.load(tl.where(key_row, WRITES + own * C * V + at_w, STATES + at_w))        # [2C, V]
-    S, dS = tl.load(STATES + at_s), tl.load(DSTATES + own * K * V + start * V + at_s)    # [C, V]
+    late = tl.load(tl.where(key_row, WRITES + own * C * V + at_w, STATES + at_w), seen, 0.0)
+    S = tl.load(STATES + at_s, seen, 0.0)                       # [C, BV]
+    dS = tl.load(DSTATES + own * K * V + start * V + at_s, seen, 0.0)
     at_x = i[:, None] * (H * K) + channel[None, :]
     x = tl.load(tl.where(key_row, KEYS + shared * K + at_x, Q + shared * K + at_x), real, 0.0)
     g = load_decays(G + query * K, A, BIAS, c[:, None] * (HV * K) + channel[None, :], c < left,
                     head, channel, bound, K, GATED, BOUNDED, FREE)
-    if UNIT: ahead = tl.load(tl.where(key_row, VALUES + query * V + at_v, O + query * V + at_v), real, 0.0)
+    if UNIT: ahead = tl.load(tl.where(key_row, VALUES + query * V + at_v, O + query * V + at_v), real & seen, 0.0)
     length = tl.load(SCALARS + own * 3 * C + r)                 # of queries, then of keys
     beta = tl.load(SCALARS + own * 3 * C + 2 * C + i)
     dA, on = dot(outer, tl.trans(late)), r[:, None] == r[None, :]                        # [2C, 2C]
@@ -1616,17 +1618,16 @@ def gradients_kernel(Q, KEYS, VALUES, G, A, BIAS, CHUNKS, SIDES, SCALARS, WIDE, 
         dbeta = found * (1 - beta / strongest) if RAW_BETA else found / beta
         tl.store(DBETA + query + token, dbeta, is_key & (i < left))
     s = tl.where(is_key, -length, length)
+    if UNIT:
+        along = tl.sum(tl.where(on, dot(outer, tl.trans(ahead)), 0.0), 1)
+        along = tl.where(is_key, 2 * found - along, along / (scale * scale)) * length * length
     earlier = ((i - is_key)[:, None] >= i[None, :]) & is_key[None, :]
     dA = tl.where(earlier, s[:, None] * dA, 0.0)
     read, stored = s[:, None] * dot(outer, tl.trans(S)), dot(late, tl.trans(dS))
     x = x.to(tl.float32)
     if AGAIN: dx, dg = halves_bwd_tile(x, g, dA, read, stored, i, DTYPE, RANGE)
     else: dx, dg = middle_bwd_tile(x, g, dA, read, stored, i, DTYPE, RANGE)
-    if UNIT:
-        along = tl.sum(tl.where(on, dot(outer, tl.trans(ahead)), 0.0), 1)
-        along = tl.where(is_key, 2 * found - along, along)
-        length = tl.where(is_key, length, length / scale)
-        dx -= (along * length * length)[:, None] * x
+    if UNIT: dx -= along[:, None] * x
     tl.store(tl.where(key_row, DK + query * K + at_k, DQ + query * K + at_k), dx.to(DTYPE), real)
     if GATED:
         dg, part = load_decays_bwd(dg, G + query * K, A, BIAS, at_k, real, head, channel, bound, K, BOUNDED)
@@ -1673,7 +1674,7 @@ def fused_backward(q, k, v, g, beta, scale, unit, cu_seqlens, kept, o, do, dS1, 
         launch(gradients_kernel, (NT * (K // C), HV), q, k, v, g, A_, bias_, chunks, sides, scalars,
                wide, writes, kept, middle, o, do, dv, dstates, dq, dk, dg, dbeta, dA, float(scale),
                float(lower_bound or 0), 2.0 if doubled else 1.0, T, per, H, HV, **sizes,
-               GATED=gated, BOUNDED=bounded, FREE=free, UNIT=unit, RAW_BETA=raw_beta,
+               BV=max(128, triton.next_power_of_2(V)), GATED=gated, BOUNDED=bounded, FREE=free, UNIT=unit, RAW_BETA=raw_beta,
                PACKED=packed, AGAIN=again)
     if HV != H: dq, dk = (x.unflatten(2, (H, -1)).sum(3) for x in (dq, dk))
     gates = (dA.sum((0, 2)), dg.sum((0, 1), dtype=torch.float32).flatten()) if gated else (None, None)
@@ -1704,8 +1705,7 @@ class FusedKDAFunction(torch.autograd.Function):
 
 
 def chunk_kda_operator_triton(q, k, v, unit, raw_beta, doubled):
-    power = q.shape[3] & (q.shape[3] - 1) == v.shape[3] & (v.shape[3] - 1) == 0
-    return FusedKDAFunction if power and fits(q, k, v, unit, raw_beta, doubled) else None
+    return FusedKDAFunction if v.shape[3] <= 256 and fits(q, k, v, unit, raw_beta, doubled) else None
 
 # %% ../nbs/45_modules.ipynb #conv-tiles
 @triton.jit
