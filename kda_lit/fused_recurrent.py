@@ -226,11 +226,13 @@ def check_in_place(
     kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
     whole, name = kind in (torch.int32, torch.int64), "ssm_state_indices"
     require(whole, name, "an int32 or int64 tensor", kind, TypeError)
-    require(rows.shape == (sizes["N"],), name, f"of shape [N] = [{sizes['N']}]", list(rows.shape))
+    N, shape = sizes["N"], list(rows.shape)
+    require(shape == [N], name, f"of shape [N] = [{N}]", shape)
     require(rows.device == S.device, name, f"on device {S.device}", rows.device)
     if rows.device.type != "cpu" or torch.compiler.is_compiling(): return
     taken = [row for row in rows.tolist() if row >= 0]
-    require(max(taken, default=-1) < len(S), name, f"below the {len(S)} rows", max(taken, default=-1))
+    last = max(taken, default=-1)
+    require(last < len(S), name, f"below the {len(S)} rows", last)
     require(len({*taken}) == len(taken), name, "different rows, or negative", rows.tolist())
 
 # %% ../nbs/31_fused_recurrent.ipynb #c021
@@ -267,11 +269,13 @@ def fused_recurrent_kda(
     Source: Eq. 1; fla/ops/kda/fused_recurrent.py fused_recurrent_kda"""
     if state_v_first and initial_state is not None: initial_state = initial_state.mT
     leaves = q, k, v, g, beta, initial_state, A_log, dt_bias
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-    rows = ssm_state_indices
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    rows, hidden = ssm_state_indices, getattr(cu_seqlens, "is_cuda", False)
     n = check_inputs(q, k, v, g, beta, initial_state if rows is None else None, cu_seqlens,
-                     learns or not q.is_cuda)
-    if rows is not None: check_shapes(n, v=(v, "B T HV V"), initial_state=(initial_state, "? rows HV K V"))
+                     values=learns or not hidden)
+    if rows is not None:
+        check_shapes(n, v=(v, "B T HV V"), initial_state=(initial_state, "? rows HV K V"))
     check_in_place(n, (q, k, v, g, beta), initial_state, inplace_final_state, rows, learns)
     raw = use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval
     check_gates(g, *raw, safe_gate, lower_bound)
