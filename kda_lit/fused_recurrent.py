@@ -265,7 +265,7 @@ def fused_recurrent_kda(
     Raises ValueError for a wrong shape, range or combination, TypeError for a wrong dtype,
     before anything runs. On a GPU, where no gradient is needed, the host neither waits nor
     looks at cu_seqlens and ssm_state_indices; nothing outside of the tensors is touched,
-    whatever they hold.
+    whatever they hold. A compiler's graph breaks at ssm_state_indices.
     Source: Eq. 1; fla/ops/kda/fused_recurrent.py fused_recurrent_kda"""
     if state_v_first and initial_state is not None: initial_state = initial_state.mT
     leaves = q, k, v, g, beta, initial_state, A_log, dt_bias
@@ -280,10 +280,11 @@ def fused_recurrent_kda(
     raw = use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval
     check_gates(g, *raw, safe_gate, lower_bound)
     if scale is None: scale = n["K"] ** -0.5
-    if learns or (torch.compiler.is_compiling() and not inplace_final_state):
+    if learns or (torch.compiler.is_compiling() and rows is None):
         g, beta = resolve_gates(g, beta, *raw, lower_bound=lower_bound)
         o, S = FusedRecurrentKDAFunction.call(
             q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
+        if inplace_final_state: S = initial_state.copy_(S)
     else:
         o, S = recurrent_kda_inference(
             q, k, v, g, beta, scale, initial_state, output_final_state,

@@ -195,6 +195,18 @@ def test_rows_of_a_page(backend):
     assert torch.equal(pages[:, :5], around)
 
 
+@pytest.mark.parametrize("rows", [None, torch.tensor([2, -1, 0])], ids=["own", "rows"])
+def test_in_place_under_a_compiler(rows):
+    "In one graph, unless there are rows."
+    x = draw(3, 1, K=8, V=6, dtype=torch.float32)
+    S = x.pop("initial_state")
+    S = S, S.clone()
+    f = lambda S: fused_recurrent_kda(**x, initial_state=S, inplace_final_state=True, ssm_state_indices=rows)[0]
+    with use_backend("torch"): got, want = torch.compile(f, backend="eager", fullgraph=rows is None)(S[0]), f(S[1])
+    torch._dynamo.reset()
+    assert distance(got, want) < 1e-6 and distance(S[0], S[1]) < 1e-6
+
+
 # ---- errors
 
 X = draw(2, 1, K=8, V=6, dtype=torch.float32)
