@@ -1371,7 +1371,8 @@ def decode_kernel(Q, KEYS, VALUES, G, BETA, A, BIAS, S0, S1, O, ROWS, BORDERS, s
                 tl.store(O + (t * HV + head) * V + value, tl.zeros([BV], tl.float32), value < V)
             return
     i, j = key[:, None], value[None, :]                                         # of [BK, BV]
-    at, inside = head * K * V + (j * K + i if V_FIRST else i * V + j), (i < K) & (j < V)
+    at, inside = head * K * V, (i < K) & (j < V)
+    at += j * K + i if V_FIRST else i * V + j
     S = tl.zeros([BK, BV], tl.float32)
     if S0 is not None: S = tl.load(S0 + row * next_S0 + at, inside, 0.0).to(tl.float32)
     for t in range(first, end):
