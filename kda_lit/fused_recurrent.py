@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['kda_step_bwd', 'by_step', 'kept_rooms', 'recurrent_fwd', 'recurrent_bwd', 'FusedRecurrentKDAFunction', 'flat_tokens',
-           'fused_recurrent_kda']
+           'recurrent_kda_inference', 'check_in_place', 'fused_recurrent_kda']
 
 # %% ../nbs/31_fused_recurrent.ipynb #c003
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .chunk import states_or_zeros, unit_length
 from .chunk_delta_h import in_chunk_order, schedule
-from .gate import resolve_gates
+from .gate import check_gates, resolve_gates
 from .l2norm import l2norm_bwd
 from .naive import kda_step
-from .utils import check_inputs, compute_dtype, dispatch, operator
-from .utils import sequences, share_heads
+from .utils import check_cu_seqlens, check_inputs, check_shapes, compute_dtype, dispatch
+from .utils import operator, prepare_sequence_ids, require, sequences, share_heads
 
 # %% ../nbs/31_fused_recurrent.ipynb #c005
 def kda_step_bwd(
@@ -166,6 +166,75 @@ def flat_tokens(q, k, v, g, beta, scale, normalise, cu_seqlens):
     offsets = torch.arange(B + 1, device=v.device) * T if cu_seqlens is None else cu_seqlens
     return [x.to(dtype).flatten(0, 1) for x in (q * scale, k, v, g, beta)], offsets
 
+# %% ../nbs/31_fused_recurrent.ipynb #inference
+@dispatch
+def recurrent_kda_inference(
+    q: Tensor,  # these and the rest as in `fused_recurrent_kda`, and checked
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,  # [N, HV, K, V], or [rows, HV, K, V] with ssm_state_indices
+    output_final_state: bool,
+    use_qk_l2norm_in_kernel: bool,
+    cu_seqlens: Tensor | None,
+    inplace_final_state: bool,
+    ssm_state_indices: Tensor | None,
+    use_gate_in_kernel: bool,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    use_beta_sigmoid_in_kernel: bool,
+    allow_neg_eigval: bool,
+    lower_bound: float | None,
+) -> tuple[Tensor, Tensor | None]:  # o [B, T, HV, V] in v's dtype, S or initial_state
+    "`fused_recurrent_kda` without gradients. Source: Eq. 1"
+    check_cu_seqlens(cu_seqlens, *q.shape[:2])
+    g, beta = resolve_gates(g, beta, use_gate_in_kernel, A_log, dt_bias,
+                            use_beta_sigmoid_in_kernel, allow_neg_eigval,
+                            lower_bound=lower_bound)
+    rows, S = ssm_state_indices, initial_state
+    if rows is not None: S = S[rows.clamp(min=0)]
+    o, S = FusedRecurrentKDAFunction.apply(
+        q, k, v, g, beta, scale, S, use_qk_l2norm_in_kernel, cu_seqlens)
+    if not inplace_final_state: return o, S if output_final_state else None
+    if rows is None: return o, initial_state.copy_(S)
+    initial_state[rows[rows >= 0]] = S[rows >= 0]
+    free = rows < 0 if cu_seqlens is None else (rows < 0)[prepare_sequence_ids(cu_seqlens)]
+    (o if cu_seqlens is None else o[0])[free] = 0
+    return o, initial_state
+
+# %% ../nbs/31_fused_recurrent.ipynb #check-in-place
+def check_in_place(
+    sizes: dict[str, int],  # from `check_inputs`
+    tensors: tuple[Tensor, ...],  # q, k, v, g, beta
+    initial_state: Tensor | None,
+    inplace_final_state: bool,
+    ssm_state_indices: Tensor | None,
+    learns: bool,  # a gradient is needed
+):
+    "ValueError or TypeError unless states can be written where they are read."
+    rows, S = ssm_state_indices, initial_state
+    require(rows is None or inplace_final_state, "inplace_final_state",
+            "True when `ssm_state_indices` is given", inplace_final_state)
+    if not inplace_final_state: return
+    require(not learns, "inplace_final_state", "False where a gradient is needed", True)
+    require(S is not None, "initial_state", "given with inplace_final_state=True", None)
+    dtype = compute_dtype(*tensors)
+    require(S.dtype == dtype, "initial_state", f"{dtype} to be overwritten", S.dtype, TypeError)
+    if rows is None: return
+    kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+    whole, name = kind in (torch.int32, torch.int64), "ssm_state_indices"
+    require(whole, name, "an int32 or int64 tensor", kind, TypeError)
+    N, shape = sizes["N"], list(rows.shape)
+    require(shape == [N], name, f"of shape [N] = [{N}]", shape)
+    require(rows.device == S.device, name, f"on device {S.device}", rows.device)
+    if rows.device.type != "cpu" or torch.compiler.is_compiling(): return
+    taken = [row for row in rows.tolist() if row >= 0]
+    last = max(taken, default=-1)
+    require(last < len(S), name, f"below the {len(S)} rows", last)
+    require(len({*taken}) == len(taken), name, "different rows, or negative", rows.tolist())
+
 # %% ../nbs/31_fused_recurrent.ipynb #c021
 def fused_recurrent_kda(
     q: Tensor,  # queries, [B, T, H, K]
@@ -187,17 +256,38 @@ def fused_recurrent_kda(
     safe_gate: bool = False,  # promise log-decays ≥ −5; not needed here
     lower_bound: float | None = None,  # the bounded gate instead of softplus
     state_v_first: bool = False,  # states are [N, HV, V, K], in and out
+    inplace_final_state: bool = False,  # overwrite initial_state with the final states
+    ssm_state_indices: Tensor | None = None,  # and take its rows, −1: skip a sequence, [N]
 ) -> tuple[Tensor, Tensor | None]:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] or None
     """Kimi Delta Attention token by token, for decoding; differentiable in all tensors.
-    Half precision is computed in float32, and states are float32. Raises ValueError for a
-    wrong shape, range or combination, TypeError for a wrong dtype, before anything runs.
+    Half precision is computed in float32, and states are float32. With
+    inplace_final_state=True S is `initial_state`, and a skipped sequence's outputs are 0.
+    Raises ValueError for a wrong shape, range or combination, TypeError for a wrong dtype,
+    before anything runs. On a GPU, where no gradient is needed, the host neither waits nor
+    looks at cu_seqlens and ssm_state_indices; nothing outside of the tensors is touched,
+    whatever they hold. A compiler's graph breaks at ssm_state_indices.
     Source: Eq. 1; fla/ops/kda/fused_recurrent.py fused_recurrent_kda"""
     if state_v_first and initial_state is not None: initial_state = initial_state.mT
-    n = check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
+    leaves = q, k, v, g, beta, initial_state, A_log, dt_bias
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    rows, hidden = ssm_state_indices, getattr(cu_seqlens, "is_cuda", False)
+    n = check_inputs(q, k, v, g, beta, initial_state if rows is None else None, cu_seqlens,
+                     values=learns or not hidden)
+    if rows is not None:
+        check_shapes(n, v=(v, "B T HV V"), initial_state=(initial_state, "? rows HV K V"))
+    check_in_place(n, (q, k, v, g, beta), initial_state, inplace_final_state, rows, learns)
     raw = use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval
-    g, beta = resolve_gates(g, beta, *raw, safe_gate, lower_bound)
+    check_gates(g, *raw, safe_gate, lower_bound)
     if scale is None: scale = n["K"] ** -0.5
-    o, S = FusedRecurrentKDAFunction.call(
-        q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
-    if state_v_first: S = S.mT
+    if learns or (torch.compiler.is_compiling() and rows is None):
+        g, beta = resolve_gates(g, beta, *raw, lower_bound=lower_bound)
+        o, S = FusedRecurrentKDAFunction.call(
+            q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens)
+        if inplace_final_state: S = initial_state.copy_(S)
+    else:
+        o, S = recurrent_kda_inference(
+            q, k, v, g, beta, scale, initial_state, output_final_state,
+            use_qk_l2norm_in_kernel, cu_seqlens, inplace_final_state, rows, *raw, lower_bound)
+    if state_v_first and S is not None: S = S.mT
     return o, S if output_final_state else None

@@ -281,10 +281,15 @@ class KimiDeltaAttention(KDAParameters):
         "Log-decays, [B, T, HV, K], and write strengths, [B, T, HV]."
         return self.log_decays(x), share_heads(self.strengths(x), self.num_v_heads)
 
-    def for_operator(self, x: Tensor) -> tuple[Tensor, Tensor, dict]:  # g, raw beta, options
-        "Raw strengths, so that kernels know how large they can become."
-        options = dict(use_beta_sigmoid_in_kernel=True, allow_neg_eigval=self.allow_neg_eigval)
-        return self.log_decays(x), share_heads(self.b_proj(x), self.num_v_heads), options
+    def for_operator(self, x: Tensor) -> tuple[Tensor, Tensor, dict]:  # raw g and beta, options
+        "Raw, so that one kernel can do all, and knows how large strengths can become."
+        share, K = lambda z: share_heads(z, self.num_v_heads), self.head_k_dim
+        dt_bias = share(self.dt_bias.view(1, 1, -1, K)).flatten()
+        gate = dict(use_gate_in_kernel=True, A_log=share(self.A_log[None, None]).flatten(),
+                    dt_bias=dt_bias, lower_bound=self.lower_bound)
+        strengths = dict(use_beta_sigmoid_in_kernel=True, allow_neg_eigval=self.allow_neg_eigval)
+        g = self.f_proj(x).unflatten(-1, (-1, K))
+        return share(g), share(self.b_proj(x)), gate | strengths
 
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:  # [B, T, HV, V], [B, T, d] → y
         "Equation 3."

@@ -92,6 +92,7 @@ def check_cu_seqlens(
     cu_seqlens: Tensor | None,  # [N+1], int32 or int64; None: nothing to check
     B: int,  # batch size, must be 1 for a packed batch
     T: int,  # tokens in the pack
+    values: bool = True,  # False: do not look at them; the host would have to wait for a GPU
 ):
     """Raise unless `cu_seqlens` starts at 0, never falls and ends at T, with a batch of 1.
     A compiler sees no values: those are checked when the compiled operator runs."""
@@ -102,7 +103,7 @@ def check_cu_seqlens(
     shape = list(cu_seqlens.shape)
     require(len(shape) == 1 and shape[0] > 0, "cu_seqlens", "of shape [N+1]", shape)
     require(B == 1, "q", "of batch size 1 when `cu_seqlens` is given", B)
-    if torch.compiler.is_compiling(): return
+    if not values or torch.compiler.is_compiling(): return
     values = cu_seqlens.tolist()
     steps = zip(values, values[1:])
     require(values[0] == 0, "cu_seqlens", "0 at its start", values[0])
@@ -126,11 +127,12 @@ def check_inputs(
     beta: Tensor,  # write strengths, [B, T, HV]
     initial_state: Tensor | None = None,  # [N, HV, K, V]
     cu_seqlens: Tensor | None = None,  # [N+1]
+    values: bool = True,  # of cu_seqlens, as in `check_cu_seqlens`
 ) -> dict[str, int]:  # B, T, H, HV, K, V, N
     "The check every operator starts with. Raises ValueError or TypeError."
     sizes = check_shapes(q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"),
                          g=(g, "B T HV K"), beta=(beta, "B T HV"))
-    check_cu_seqlens(cu_seqlens, sizes["B"], sizes["T"])
+    check_cu_seqlens(cu_seqlens, sizes["B"], sizes["T"], values)
     sizes["N"] = sequences(cu_seqlens, sizes["B"])
     return check_shapes(sizes, v=(v, "B T HV V"),
                         initial_state=(initial_state, "? N HV K V"))
