@@ -180,10 +180,10 @@ def errors(task, shape, gate, who, seed):
 
 def milliseconds(f, seconds=2, most=50):
     "Medians of the GPU's time and of the host's, of as many runs as fit into some seconds, at least 5."
-    flush, times, start = torch.empty(2**31, dtype=torch.uint8, device=DEVICE), [], time.perf_counter()
+    flush, times, ahead, start = torch.empty(2**31, dtype=torch.uint8, device=DEVICE), [], 1, time.perf_counter()
     while len(times) < 7 or (len(times) < most and time.perf_counter() - start < seconds):
         a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()                                    # takes half a millisecond, which lets the host run ahead
+        for _ in range(ahead): flush.zero_()             # half a millisecond each
         a.record()
         before = time.perf_counter()
         f()
@@ -191,6 +191,7 @@ def milliseconds(f, seconds=2, most=50):
         b.record()
         torch.cuda.synchronize()
         times.append((a.elapsed_time(b), 1e3 * host))
+        ahead = min(1 + math.ceil(4e3 * host), 400)      # twice what the host needs: else it is the host that is timed
     return [sorted(column)[len(times[2:]) // 2] for column in zip(*times[2:])]
 
 
@@ -222,11 +223,12 @@ def copy_bandwidth():
     return 2 * x.numel() / milliseconds(lambda: y.copy_(x))[0] * 1e3
 
 
-def warm(f, who):
-    "The first call. Of the reference library: what its search took."
+def warm(f, shape, who):
+    "The first call. Of the reference library: what its search took, which each shape has for itself."
     start, result = time.perf_counter(), {}
     if who == "fla":
-        from precompile import precompile
+        from precompile import precompile, tune_for
+        tune_for(shape)
         result = precompile(f)
     f()
     torch.cuda.synchronize()
@@ -238,7 +240,7 @@ def measure(name, bandwidth, seed):
     task, shape, gate, who = name.split("/")
     f = call_of(task, gate, who, *inputs(task, shape))
     with torch.set_grad_enabled(task == "training"):
-        result = warm(f, who)
+        result = warm(f, shape, who)
         if who != "attention": result["error"] = errors(task, shape, gate, who, seed)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -343,8 +345,8 @@ def main():
     if not torch.cuda.is_available(): parser.error("this needs an NVIDIA GPU; benchmarks/cpu.py does not")
     if args.first: return print(first_call(args.first))
     if args.peer:
-        from precompile import tune_switches
-        tune_switches()
+        from precompile import tune_separately
+        tune_separately()                                # before the library makes its autotuners
     start, bandwidth, new = time.perf_counter(), copy_bandwidth(), {}
     torch.cuda.empty_cache()
     old = json.loads(args.out.read_text()) if args.out.exists() else {}

@@ -14,15 +14,27 @@ from triton.runtime.jit import JITFunction
 
 SWITCHES = ("SAFE_GATE", "USE_SAFE_GATE", "USE_LOWER_BOUND")
 jobs = []                                                # what forked processes inherit: they cannot be sent any of it
+tuners, about = [], []
 
 
-def tune_switches():
-    "From here on an autotuner is asked again where one of SWITCHES changes, also if its author did not make it a key."
-    init = Autotuner.__init__
+def tune_separately():
+    """From here on an autotuner searches again where one of SWITCHES changes, or `tune_for` names another purpose, also if its
+    author did not make that a key: what is fastest for many short sequences need not be for a long one."""
+    init, on_disk = Autotuner.__init__, Autotuner.check_disk_cache
 
     def with_switches(self, fn, arg_names, configs, key, *args, **kwargs):
         init(self, fn, arg_names, configs, [*key, *(s for s in SWITCHES if s in arg_names and s not in key)], *args, **kwargs)
-    Autotuner.__init__ = with_switches
+        tuners.append(self)
+
+    def with_purpose(self, key, *args): return on_disk(self, (*key, *about), *args)
+    Autotuner.__init__, Autotuner.check_disk_cache = with_switches, with_purpose
+
+
+def tune_for(*purpose):
+    "Forgets what was found for another purpose; what was found for this one may be on disk."
+    if purpose == tuple(about): return
+    about[:] = purpose
+    for tuner in tuners: tuner.cache.clear()
 
 
 def collect(f):
