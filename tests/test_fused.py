@@ -193,6 +193,7 @@ def test_who_computes(monkeypatch):
     dtype, calls = DTYPES[0], []
     monkeypatch.setattr(kernels, "fused_forward", lambda q, k, v, *rest, keep=False: calls.append(keep) or (v + 0, None, v))
     if DEVICE == "cpu": monkeypatch.setattr(kernels, "fits", lambda q, *rest: q.shape[3] == 32 and rest[2:] == (True, True, False))
+    monkeypatch.setattr(kernels, "learns", lambda q, v: True)
     backend = Backend("triton", dtype)
     def used(x, **options):
         calls.clear()

@@ -18,6 +18,7 @@ import kda_lit.kernels as kernels  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")     # what overflows is computed once more
 
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.bfloat16, torch.float16]
+SMALL = dict(K=32, V=32) if DEVICE == "cpu" else dict(K=64, V=128)        # `learns` takes no smaller ones
 GATE = dict(use_gate_in_kernel=True)
 RAW = dict(use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
 
@@ -27,7 +28,7 @@ def backend(request):
     yield from poisoned(Backend("triton", request.param))
 
 
-def raw(B=1, T=40, H=1, K=32, V=32, HV=None, *, gated=True, seed=0, **options):
+def raw(B=1, T=40, H=1, K=SMALL["K"], V=SMALL["V"], HV=None, *, gated=True, seed=0, **options):
     "Raw gates, strengths, and queries and keys of any length; parameters of the gate."
     x, random = draw(B, T, H, K, V, HV, seed=seed, **options), torch.Generator().manual_seed(seed)
     new = lambda *size: torch.randn(size, generator=random, dtype=torch.float64)
@@ -44,9 +45,15 @@ def through(op, x, do, dS, **options):
     return dict(zip(leaves, grads))
 
 
+def small_ones_fit(monkeypatch):
+    "In the interpreter: single precision, any size."
+    if DEVICE == "cpu":
+        for choice in ("fits", "learns"): monkeypatch.setattr(kernels, choice, lambda *args: True)
+
+
 def check(backend, monkeypatch, x, tol=None, cu_seqlens=None, **options):
     "Every gradient that fused kernels give."
-    if DEVICE == "cpu": monkeypatch.setattr(kernels, "fits", lambda *args: True)
+    small_ones_fit(monkeypatch)
     calls, bwd = [], kernels.fused_backward
     monkeypatch.setattr(kernels, "fused_backward", lambda *args: calls.append(1) or bwd(*args))
     single = {"initial_state", "A_log", "dt_bias"}
@@ -69,7 +76,11 @@ def check(backend, monkeypatch, x, tol=None, cu_seqlens=None, **options):
     return got
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 32, 32), (1, 33, 1, 1, 128, 64), (1, 40, 1, 1, 32, 96), (2, 70, 1, 2, 64, 128), (1, 64, 2, 2, 32, 32)], ids=str)
+SHAPES = {"cpu": [(1, 1, 1, 1, 32, 32), (1, 33, 1, 1, 128, 64), (2, 70, 1, 2, 64, 128), (1, 64, 2, 2, 32, 32)],
+          "cuda": [(1, 1, 1, 1, 128, 128), (1, 33, 1, 1, 64, 128), (2, 70, 1, 2, 64, 128), (1, 64, 2, 2, 128, 128)]}
+
+
+@pytest.mark.parametrize("shape", SHAPES[DEVICE], ids=str)
 @pytest.mark.parametrize("bound", [None, -5.])
 def test_shapes(backend, monkeypatch, shape, bound):
     B, T, H, HV, K, V = shape
@@ -84,8 +95,8 @@ def test_packed(backend, monkeypatch, integers):
 
 STEPS = torch.tensor([0., -0.01, -1., -5., -6., -20., -80., -500.]).double()
 DECAYS = {str(d.item()): d for d in STEPS} | {
-    "mixed": STEPS[torch.randint(8, (1, 40, 1, 32), generator=torch.Generator().manual_seed(1))],
-    "one cut": -500. * (torch.arange(40) == 20).double()[:, None, None], "by channel": STEPS[torch.arange(32) % 8]}
+    "mixed": STEPS[torch.randint(8, (1, 40, 1, SMALL["K"]), generator=torch.Generator().manual_seed(1))],
+    "one cut": -500. * (torch.arange(40) == 20).double()[:, None, None], "by channel": STEPS[torch.arange(SMALL["K"]) % 8]}
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -95,7 +106,7 @@ def test_hard_decays(backend, monkeypatch, decay):
 
 def test_keys_that_repeat(backend, monkeypatch):
     "Near-duplicate keys, full strengths, weak decays: where the inverse is largest."
-    x = raw(1, 64, 1, 64, 32, gated=False, decay=-0.001)
+    x = raw(1, 64, gated=False, decay=-0.001)
     x["k"] = torch.ones_like(x["k"]) + 0.05 * torch.randn_like(x["k"])
     x["beta"] = torch.full_like(x["beta"], 4.)
     check(backend, monkeypatch, x, tol=1e-4 if DEVICE == "cpu" else 0.1)
@@ -117,7 +128,7 @@ def test_options(backend, monkeypatch, options):
 
 def test_layouts(backend, monkeypatch):
     "Inputs and gradients that are not contiguous, states with values first, no initial state, half of the leaves."
-    if DEVICE == "cpu": monkeypatch.setattr(kernels, "fits", lambda *args: True)
+    small_ones_fit(monkeypatch)
     x = backend.put(raw(2, 40, 2))
     options, names = RAW | GATE, [n for n in x if n != "initial_state"]
     def run(x, turn=lambda t: t, **more):
@@ -133,7 +144,7 @@ def test_layouts(backend, monkeypatch):
 
 def test_state_of_a_graph(backend, monkeypatch):
     "A second derivative is refused, a second backward pass through a kept graph gives the same."
-    if DEVICE == "cpu": monkeypatch.setattr(kernels, "fits", lambda *args: True)
+    small_ones_fit(monkeypatch)
     x = {n: t.requires_grad_() for n, t in backend.put(raw()).items()}
     with use_backend("triton"): o, _ = chunk_kda(**x, **RAW, **GATE)
     one, two = (torch.autograd.grad(o.sum(), x["k"], retain_graph=True)[0] for _ in range(2))
@@ -144,7 +155,7 @@ def test_state_of_a_graph(backend, monkeypatch):
 
 def test_against_the_recurrence(backend, monkeypatch):
     "Not only against chunks: autograd through the definition, gates and norms by hand."
-    x = raw(1, 37, 1, 32, 32)
+    x = raw(1, 37)
     got = check(backend, monkeypatch, x, lower_bound=-5.)
 
     def definition(q, k, v, g, beta, A_log, dt_bias, initial_state, output_final_state):
@@ -175,7 +186,14 @@ def test_memory_that_is_kept():
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("bound", [None, -5.])
-@pytest.mark.parametrize("shape", [(2, 1000, 4, 8, 128, 128), (1, 777, 2, 4, 128, 32), (1, 500, 2, 2, 64, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1000, 4, 8, 128, 128), (1, 777, 2, 4, 128, 128), (1, 500, 2, 2, 64, 128)], ids=str)
 def test_larger(backend, monkeypatch, shape, bound):
     B, T, H, HV, K, V = shape
     check(backend, monkeypatch, raw(B, T, H, K, V, HV), lower_bound=bound)
+
+
+@pytest.mark.parametrize("K, V, learn", [(128, 128, True), (64, 128, True), (64, 64, False), (128, 256, False), (32, 128, False)])
+def test_sizes_that_learn(K, V, learn):
+    q, v = torch.empty(1, 1, 1, K, dtype=torch.bfloat16), torch.empty(1, 1, 1, V, dtype=torch.bfloat16)
+    assert kernels.learns(q, v) == learn
+    with use_backend("torch"): assert kernels.chunk_kda_operator_triton(q, q, v, True, True, False) == (kernels.FusedKDAFunction if learn else None)
