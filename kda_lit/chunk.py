@@ -315,7 +315,8 @@ def chunk_kda_operator(
     use_beta_sigmoid_in_kernel: bool,
     allow_neg_eigval: bool,
 ) -> type | None:  # an autograd.Function, gates and norms included
-    "What computes all of `chunk_kda` and its gradients for such inputs, if there is anything."
+    """What computes all of `chunk_kda` and its gradients for such inputs, if there is anything.
+    Source: Eq. 6-9"""
     return None
 
 # %% ../nbs/30_chunk.ipynb #c025
@@ -345,8 +346,8 @@ def chunk_kda(
 ) -> tuple:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] or None; if asked, h
     """Kimi Delta Attention, in chunks; differentiable in all tensors.
     States are float32. Half precision is computed in float32, but on a GPU products have
-    half-precision operands where that costs no more than rounding: without gradients, with
-    unit keys and strengths made here, up to 1. Raises ValueError for a wrong shape, range or
+    half-precision operands where that costs no more than rounding: with unit keys and
+    strengths made here, up to 1; with gradients, for K of 64 or 128 and V of 128. Raises ValueError for a wrong shape, range or
     combination, TypeError for a wrong dtype, before anything runs.
     Source: Eq. 1 in the form of Eq. 6-9; fla/ops/kda/chunk.py chunk_kda"""
     if state_v_first and initial_state is not None: initial_state = initial_state.mT
