@@ -1417,8 +1417,8 @@ def replay_kernel(VALUES, KE, KG, X, DECAY, SCALARS, KEPT, PAIRS, MIDDLE, WRITES
         kg = tl.load(KG + own * C * K + token[:, None] * K + key[None, :])
         S = (S * tl.load(DECAY + own * K + key)[None, :] + dot(w, kg)).to(S.dtype)
         tl.store(MIDDLE + state, S)
-        w = load_writes(VALUES + C * HV * V, KE, X, SCALARS, S, own + HV, left - C, value, key,
-                        token, HV, K, V, C)
+        w = load_writes(VALUES + C * HV * V, KE, X, SCALARS, S, own + HV, left - C, value,
+                        key, token, HV, K, V, C)
         tl.store(WRITES + HV * C * V, w)
 
 # %% ../nbs/41_fused_backward.ipynb #folded-step-bwd-tile
@@ -1452,25 +1452,31 @@ def walk_back_kernel(DO, QG, KE, KG, AQK, X, DECAY, SCALARS, DS1, DV, DSTATES, D
     value = tl.program_id(0) % (V // BV) * BV + tl.arange(0, BV)[:, None]
     key, token = tl.arange(0, K), tl.arange(0, C)
     chunk, count, row, left = course(n, OFFSETS, BORDERS, T, PER, PACKED)
-    own, row, left = (chunk + count - 1) * HV + head, row + (count - 1) * C, left - (count - 1) * C
+    own, row = (chunk + count - 1) * HV + head, row + (count - 1) * C
+    left -= (count - 1) * C
     state = walk * K * V + key[None, :] * V + value             # [BV, K]
     dS = tl.load(DS1 + state).to(tl.float32)
     QG, KE, KG = QG + own * C * K, KE + own * C * K, KG + own * C * K
-    AQK, X, DECAY, SCALARS = AQK + own * C * C, X + own * C * C, DECAY + own * K, SCALARS + own * 3 * C
-    DO, DV, DSTATES = DO + (row * HV + head) * V, DV + (row * HV + head) * V, DSTATES + own * K * V
+    AQK, X = AQK + own * C * C, X + own * C * C
+    DECAY, SCALARS = DECAY + own * K, SCALARS + own * 3 * C
+    DO, DV = DO + (row * HV + head) * V, DV + (row * HV + head) * V
+    DSTATES += own * K * V
     straight, square = token[:, None] * K + key[None, :], token[:, None] * C + token[None, :]
     for step in tl.range(0, count, num_stages=STAGES):
         do = tl.load(DO + tl.minimum(token, left - 1)[None, :] * (HV * V) + value)
         Aqk, X_ = tl.load(AQK + square), tl.load(X + square)
         kg = tl.load(KG + key[:, None] + token[None, :] * K)
         qg, ke = tl.load(QG + straight), tl.load(KE + straight)
-        decay, rq, rk = tl.load(DECAY + key), tl.load(SCALARS + token), tl.load(SCALARS + C + token)
+        decay = tl.load(DECAY + key)
+        rq, rk = tl.load(SCALARS + token), tl.load(SCALARS + C + token)
         tl.store(DSTATES + key[None, :] * V + value, dS.to(DSTATES.dtype.element_ty))
         dv, dS = folded_step_bwd_tile(do, qg, ke, kg, X_, Aqk, decay, rq, rk, dS)
-        tl.store(DV + token[None, :] * (HV * V) + value, dv.to(DV.dtype.element_ty), token[None, :] < left)
+        at = token[None, :] * (HV * V) + value
+        tl.store(DV + at, dv.to(DV.dtype.element_ty), token[None, :] < left)
         left = C
         QG, KE, KG = QG - HV * C * K, KE - HV * C * K, KG - HV * C * K
-        AQK, X, DECAY, SCALARS = AQK - HV * C * C, X - HV * C * C, DECAY - HV * K, SCALARS - HV * 3 * C
+        AQK, X = AQK - HV * C * C, X - HV * C * C
+        DECAY, SCALARS = DECAY - HV * K, SCALARS - HV * 3 * C
         DO, DV, DSTATES = DO - C * HV * V, DV - C * HV * V, DSTATES - HV * K * V
     tl.store(DS0 + state, dS)
 
@@ -1489,7 +1495,8 @@ def rounded(x, DTYPE: tl.constexpr):
 def sums(mask, x, DTYPE: tl.constexpr):
     "The sum over the rows of x that each row of the mask picks, from two shorter numbers each."
     high = rounded(x, DTYPE)
-    return tl.dot(mask.to(DTYPE), high.to(DTYPE), tl.dot(mask.to(DTYPE), (x - high).to(DTYPE)))
+    return tl.dot(mask.to(DTYPE), high.to(DTYPE),
+                  tl.dot(mask.to(DTYPE), (x - high).to(DTYPE)))
 
 # %% ../nbs/41_fused_backward.ipynb #pairs-tile
 @triton.jit
@@ -1518,7 +1525,8 @@ def middle_bwd_tile(
 ):  # gradients of x [2C, BK], of g, twice [2C, BK]
     "Equations 4 and 5 around the middle."
     c, r = tl.arange(0, g.shape[0])[None, :], tl.arange(0, x.shape[0])
-    is_key, diagonal = (r >= g.shape[0])[:, None], i[:, None] == tl.arange(0, x.shape[1])[None, :]
+    is_key = (r >= g.shape[0])[:, None]
+    diagonal = i[:, None] == tl.arange(0, x.shape[1])[None, :]
     around = sums(tl.where(c <= i[:, None], 0.5, -0.5), g, DTYPE)
     half = power_of_two(0.5 * tl.sum(g, 0))[None, :]
     since, until = power_of_two(around), power_of_two(-around)
@@ -1536,7 +1544,8 @@ def halves_bwd_tile(x, g, dA, read, stored, i, DTYPE: tl.constexpr, RANGE: tl.co
     "As `middle_bwd_tile`, by halves."
     C: tl.constexpr = g.shape[0]
     c, r = tl.arange(0, C)[None, :], tl.arange(0, x.shape[0])
-    is_key, diagonal = (r >= C)[:, None], i[:, None] == tl.arange(0, x.shape[1])[None, :]
+    is_key = (r >= C)[:, None]
+    diagonal = i[:, None] == tl.arange(0, x.shape[1])[None, :]
     G, U = sums(c <= i[:, None], g, DTYPE), sums(c > i[:, None], g, DTYPE)
     since, until = power_of_two(G), power_of_two(U)
     same = tl.where(i[:, None] == i[None, :], dA, 0.0)
@@ -1552,8 +1561,8 @@ def halves_bwd_tile(x, g, dA, read, stored, i, DTYPE: tl.constexpr, RANGE: tl.co
         second, middle = half % 2 == 1, (half | 1) << level
         start, end = tl.where(second, middle, i + 1), tl.where(second, i + 1, middle)
         factor = power_of_two(sums((c >= start[:, None]) & (c < end[:, None]), g, DTYPE))
-        meet = (half ^ 1)[:, None] == half[None, :]
-        inside, written, rows, _ = pairs_bwd_tile(tl.where(meet, dA, 0.0), x * factor, x * factor, RANGE)
+        meeting = tl.where((half ^ 1)[:, None] == half[None, :], dA, 0.0)
+        inside, written, rows, _ = pairs_bwd_tile(meeting, x * factor, x * factor, RANGE)
         dx += factor * (inside + written)
         summed = (i[:, None] >= start[None, :]) & (i[:, None] < end[None, :])
         dg += sums(summed, rows * (inside + written), DTYPE)
@@ -1577,11 +1586,12 @@ def through_gate(dg, G, A, BIAS, at, real, head, channel, bound, K: tl.constexpr
 
 # %% ../nbs/41_fused_backward.ipynb #gradients-kernel
 @triton.jit(do_not_specialize=["T", "PER"])
-def gradients_kernel(Q, KEYS, VALUES, G, A, BIAS, CHUNKS, SIDES, SCALARS, WIDE, WRITES, KEPT, MIDDLE,
-                     O, DO, DV, DSTATES, DQ, DK, DG, DBETA, DA, scale, bound, strongest, T, PER, H,
-                     HV, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-                     GATED: tl.constexpr, BOUNDED: tl.constexpr, FREE: tl.constexpr, UNIT: tl.constexpr,
-                     RAW_BETA: tl.constexpr, PACKED: tl.constexpr, AGAIN: tl.constexpr):
+def gradients_kernel(Q, KEYS, VALUES, G, A, BIAS, CHUNKS, SIDES, SCALARS, WIDE, WRITES, KEPT,
+                     MIDDLE, O, DO, DV, DSTATES, DQ, DK, DG, DBETA, DA, scale, bound, strongest,
+                     T, PER, H, HV, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+                     GATED: tl.constexpr, BOUNDED: tl.constexpr, FREE: tl.constexpr,
+                     UNIT: tl.constexpr, RAW_BETA: tl.constexpr, PACKED: tl.constexpr,
+                     AGAIN: tl.constexpr):
     DTYPE: tl.constexpr = Q.dtype.element_ty
     RANGE: tl.constexpr = tl.float32 if DTYPE == tl.float16 else DTYPE
     chunk, head = tl.program_id(0).to(tl.int64) // (K // C), tl.program_id(1)
@@ -1599,18 +1609,22 @@ def gradients_kernel(Q, KEYS, VALUES, G, A, BIAS, CHUNKS, SIDES, SCALARS, WIDE, 
     STATES = tl.where(side % 2 == 0, KEPT, MIDDLE) + state
     at_v, at_w = token[:, None] * V + value[None, :], i[:, None] * V + value[None, :]
     at_k, at_s = token[:, None] * K + channel[None, :], c[:, None] * V + value[None, :]
-    outer = tl.load(tl.where(key_row, DV + query * V + at_v, DO + query * V + at_v), real, 0.0)
+    rows = tl.where(key_row, DV + query * V + at_v, DO + query * V + at_v)
+    outer = tl.load(rows, real, 0.0)                                                # [2C, V]
     # what keys have written, and, below queries, the state
-    late = tl.load(tl.where(key_row, WRITES + own * C * V + at_w, STATES + at_w))        # [2C, V]
-    S, dS = tl.load(STATES + at_s), tl.load(DSTATES + own * K * V + start * V + at_s)    # [C, V]
+    late = tl.load(tl.where(key_row, WRITES + own * C * V + at_w, STATES + at_w))   # [2C, V]
+    S, dS = tl.load(STATES + at_s), tl.load(DSTATES + own * K * V + start * V + at_s)
     at_x = i[:, None] * (H * K) + channel[None, :]
-    x = tl.load(tl.where(key_row, KEYS + shared * K + at_x, Q + shared * K + at_x), real, 0.0)
+    rows = tl.where(key_row, KEYS + shared * K + at_x, Q + shared * K + at_x)
+    x = tl.load(rows, real, 0.0)                                                    # [2C, C]
     g = load_decays(G + query * K, A, BIAS, c[:, None] * (HV * K) + channel[None, :], c < left,
                     head, channel, bound, K, GATED, BOUNDED, FREE)
-    if UNIT: ahead = tl.load(tl.where(key_row, VALUES + query * V + at_v, O + query * V + at_v), real, 0.0)
+    if UNIT:
+        rows = tl.where(key_row, VALUES + query * V + at_v, O + query * V + at_v)
+        ahead = tl.load(rows, real, 0.0)
     length = tl.load(SCALARS + own * 3 * C + r)                 # of queries, then of keys
     beta = tl.load(SCALARS + own * 3 * C + 2 * C + i)
-    dA, on = dot(outer, tl.trans(late)), r[:, None] == r[None, :]                        # [2C, 2C]
+    dA, on = dot(outer, tl.trans(late)), r[:, None] == r[None, :]                   # [2C, 2C]
     found = tl.sum(tl.where(on & (beta != 0)[:, None], dA, 0.0), 1)
     found /= tl.where(beta == 0, 1.0, length * beta)            # dv · w; nothing where nothing is written
     if start == 0:
@@ -1629,13 +1643,15 @@ def gradients_kernel(Q, KEYS, VALUES, G, A, BIAS, CHUNKS, SIDES, SCALARS, WIDE, 
     if UNIT: dx -= along[:, None] * x
     tl.store(tl.where(key_row, DK + query * K + at_k, DQ + query * K + at_k), dx.to(DTYPE), real)
     if GATED:
-        dg, part = through_gate(dg, G + query * K, A, BIAS, at_k, real, head, channel, bound, K, BOUNDED)
-        tl.store(DA + own * (K // C) + start // C, 0.5 * tl.sum(tl.where(real, part, 0.0)))
+        dg, part = through_gate(dg, G + query * K, A, BIAS, at_k, real, head, channel, bound, K,
+                                BOUNDED)
+        part = 0.5 * tl.sum(tl.where(real, part, 0.0))
+        tl.store(DA + own * (K // C) + start // C, part)
     tl.store(DG + query * K + at_k, dg.to(DG.dtype.element_ty), real & (r < C)[:, None])
 
 # %% ../nbs/41_fused_backward.ipynb #tables
 def pair_tables(cu_seqlens, C):
-    "Packed: (first chunk, first row, tokens left) of each pair of chunks; 2 · pair + side of each chunk."
+    "(first chunk, its row, tokens left) of each pair; 2 · pair + side, and row, of each chunk."
     offsets = prepare_chunk_offsets(cu_seqlens, C)
     n, i = prepare_chunk_indices(cu_seqlens, 2 * C).T
     row = cu_seqlens[n] + 2 * C * i
@@ -1653,7 +1669,8 @@ def fused_backward(q, k, v, g, beta, scale, unit, cu_seqlens, kept, o, do, dS1, 
     borders = offsets = pairs = sides = chunks = q               # if not packed: not read
     if packed:
         cu_seqlens = borders = cu_seqlens.to(q.device)
-        offsets, (pairs, sides, chunks) = prepare_chunk_offsets(borders, C), pair_tables(borders, C)
+        offsets = prepare_chunk_offsets(borders, C)
+        pairs, sides, chunks = pair_tables(borders, C)
     qg, ke, kg, Aqk, X, decay, scalars, wide = prepare_triton(
         q, k, g, beta, scale, unit, cu_seqlens, gated, A, bias, raw_beta, doubled, lower_bound, C)
     NT, NP, sizes = len(qg), len(pairs) if packed else B * triton.cdiv(per, 2), dict(K=K, V=V, C=C)
@@ -1661,8 +1678,8 @@ def fused_backward(q, k, v, g, beta, scale, unit, cu_seqlens, kept, o, do, dS1, 
     launch(replay_kernel, (NP, HV, V // BV), v, ke, kg, X, decay, scalars, kept, pairs, middle,
            writes, T, per, HV, **sizes, BV=BV, PACKED=packed)
     dv, dS0, dstates = torch.empty_like(v), torch.empty_like(dS1), v.new_empty(NT, HV, K, V)
-    launch(walk_back_kernel, (N * HV * (V // BV),), do, qg, ke, kg, Aqk, X, decay, scalars, dS1, dv,
-           dstates, dS0, offsets, borders, T, per, HV, **sizes, BV=BV, PACKED=packed)
+    launch(walk_back_kernel, (N * HV * (V // BV),), do, qg, ke, kg, Aqk, X, decay, scalars, dS1,
+           dv, dstates, dS0, offsets, borders, T, per, HV, **sizes, BV=BV, PACKED=packed)
     del qg, ke, kg, Aqk, X, decay
     dq, dk, dg, dbeta = *q.new_empty(2, B, T, HV, K), torch.empty_like(g), torch.empty_like(beta)
     A_, bias_ = gate_parameters(g.flatten(-2), A, bias, K) if gated else (beta, beta)
@@ -1670,14 +1687,15 @@ def fused_backward(q, k, v, g, beta, scale, unit, cu_seqlens, kept, o, do, dS1, 
     bounded = gated and lower_bound is not None
     free = not bounded or lower_bound < -5
     for again in (False, True) if free else (False,):
-        launch(gradients_kernel, (NT * (K // C), HV), q, k, v, g, A_, bias_, chunks, sides, scalars,
-               wide, writes, kept, middle, o, do, dv, dstates, dq, dk, dg, dbeta, dA, float(scale),
-               float(lower_bound or 0), 2.0 if doubled else 1.0, T, per, H, HV, **sizes,
-               GATED=gated, BOUNDED=bounded, FREE=free, UNIT=unit, RAW_BETA=raw_beta,
+        launch(gradients_kernel, (NT * (K // C), HV), q, k, v, g, A_, bias_, chunks, sides,
+               scalars, wide, writes, kept, middle, o, do, dv, dstates, dq, dk, dg, dbeta, dA,
+               float(scale), float(lower_bound or 0), 2.0 if doubled else 1.0, T, per, H, HV,
+               **sizes, GATED=gated, BOUNDED=bounded, FREE=free, UNIT=unit, RAW_BETA=raw_beta,
                PACKED=packed, AGAIN=again)
     if HV != H: dq, dk = (x.unflatten(2, (H, -1)).sum(3) for x in (dq, dk))
-    gates = (dA.sum((0, 2)), dg.sum((0, 1), dtype=torch.float32).flatten()) if gated else (None, None)
-    return dq, dk, dv, dg, dbeta, dS0, *gates
+    if not gated: return dq, dk, dv, dg, dbeta, dS0, None, None
+    dbias = dg.sum((0, 1), dtype=torch.float32).flatten()
+    return dq, dk, dv, dg, dbeta, dS0, dA.sum((0, 2)), dbias
 
 # %% ../nbs/41_fused_backward.ipynb #function
 @keep_backend
@@ -1699,7 +1717,8 @@ class FusedKDAFunction(torch.autograd.Function):
         scale, unit, gated, flags = ctx.plain
         *grads, dS0, dA, dbias = fused_backward(*x, scale, unit, cu_seqlens, kept, o, do, dS1,
                                                 gated, A, bias, *flags)
-        later = [None if p is None else d.to(p.dtype) for d, p in ((dS0, S0), (dA, A), (dbias, bias))]
+        later = [None if p is None else d.to(p.dtype)
+                 for d, p in ((dS0, S0), (dA, A), (dbias, bias))]
         return *grads, *later, *[None] * 7
 
 
