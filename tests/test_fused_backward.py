@@ -197,3 +197,13 @@ def test_sizes_that_learn(K, V, learn):
     q, v = torch.empty(1, 1, 1, K, dtype=torch.bfloat16), torch.empty(1, 1, 1, V, dtype=torch.bfloat16)
     assert kernels.learns(q, v) == learn
     with use_backend("torch"): assert kernels.chunk_kda_operator_triton(q, q, v, True, True, False) == (kernels.FusedKDAFunction if learn else None)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, borders([0, 0])], ids=["batch", "packed"])
+def test_no_token(backend, monkeypatch, cu_seqlens):
+    "The final state is the initial one, and so is its gradient; parameters get none."
+    small_ones_fit(monkeypatch)
+    x = {name: t.requires_grad_() for name, t in backend.put(raw(2 if cu_seqlens is None else 1, 0, N=2)).items()}
+    with use_backend("triton"): o, S = chunk_kda(**x, **RAW, **GATE, output_final_state=True, cu_seqlens=cu_seqlens)
+    (2 * S.sum() + o.sum()).backward()
+    assert (x["initial_state"].grad == 2).all() and not x["A_log"].grad.any() and not x["dt_bias"].grad.any()
