@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Prepared', 'prepare_chunks', 'Forward', 'forward_chunks', 'backward_chunks', 'cut_inputs', 'states_or_zeros',
            'chunk_kda_fwd', 'chunk_kda_bwd', 'take_turns', 'room_for', 'of_all_heads', 'ChunkKDAFunction', 'of_heads',
-           'unit_length', 'chunk_kda_inference', 'chunk_kda_operator', 'chunk_kda', 'Trace', 'trace_kda']
+           'unit_length', 'chunk_kda_inference', 'whole_sizes', 'computes_whole', 'chunk_kda', 'Trace', 'trace_kda']
 
 # %% ../nbs/30_chunk.ipynb #c003
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from .gate import check_gates, resolve_gates
 from .l2norm import l2norm_bwd, l2norm_fwd
 from .solve_tril import unit_lower_inverse_bwd
 from .utils import check_inputs, check_shapes, compute_dtype, dispatch, first_chunks
-from .utils import from_chunks, operator, require, sequences, share_heads, to_chunks
+from .utils import from_chunks, operator, require, sequences, share_heads
+from .utils import takes_triton, to_chunks
 from .wy_fast import wy_vectors, wy_vectors_bwd
 
 # %% ../nbs/30_chunk.ipynb #c006
@@ -306,18 +308,19 @@ def chunk_kda_inference(
                                   use_qk_l2norm_in_kernel, cu_seqlens, chunk_size, False)[:2]
 
 # %% ../nbs/30_chunk.ipynb #operator
-@dispatch
-def chunk_kda_operator(
-    q: Tensor,  # these as in `chunk_kda`, and checked
-    k: Tensor,
-    v: Tensor,
-    use_qk_l2norm_in_kernel: bool,
-    use_beta_sigmoid_in_kernel: bool,
-    allow_neg_eigval: bool,
-) -> type | None:  # an autograd.Function, gates and norms included
-    """What computes all of `chunk_kda` and its gradients for such inputs, if there is anything.
-    Source: Eq. 6-9"""
-    return None
+def whole_sizes(K: int, V: int) -> bool:
+    "Sizes for which fused backward kernels were seen to be right on a GPU."
+    return (K == 64 or K == 128) and V == 128
+
+
+def computes_whole(device: str, dtype: torch.dtype, *options: bool) -> bool:
+    "Whether Triton has an operator for all of `chunk_kda`, on such tensors, with such options."
+    if not takes_triton(device, dtype): return False
+    return import_module("kda_lit.kernels").computes_whole_triton(dtype, *options)
+
+
+# as torch.compiler.assume_constant_result, which would import the compiler, and Triton, here
+computes_whole._dynamo_marked_constant = True
 
 # %% ../nbs/30_chunk.ipynb #c025
 def chunk_kda(
@@ -359,14 +362,14 @@ def chunk_kda(
     leaves = q, k, v, g, beta, initial_state, A_log, dt_bias
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     options = scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens, chunk_size
-    pieces, whole = return_intermediate_states or torch.compiler.is_compiling(), None
-    if learns and not pieces:
-        whole = chunk_kda_operator(q.detach(), k.detach(), v.detach(), use_qk_l2norm_in_kernel,
-                                   use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    if whole:
-        o, S = whole.apply(*leaves, scale, use_qk_l2norm_in_kernel, cu_seqlens, use_gate_in_kernel,
-                           use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound)
-    elif learns or pieces:
+    compiling, known = torch.compiler.is_compiling(), (use_qk_l2norm_in_kernel, *raw[3:])
+    whole = (learns or compiling) and not return_intermediate_states
+    if (whole and q.dtype == k.dtype == v.dtype and whole_sizes(n["K"], n["V"])
+            and computes_whole(q.device.type, q.dtype, *known)):
+        from kda_lit.kernels import FusedKDAFunction
+        o, S = FusedKDAFunction.call(*leaves, scale, use_qk_l2norm_in_kernel, cu_seqlens,
+                                     use_gate_in_kernel, *raw[3:], lower_bound)
+    elif learns or return_intermediate_states or compiling:
         g, beta = resolve_gates(g, beta, *raw, lower_bound=lower_bound)
         o, S, h = ChunkKDAFunction.call(q, k, v, g, beta, *options, disable_recompute)
     else: o, S = chunk_kda_inference(q, k, v, g, beta, *options, *raw, lower_bound)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FLOATS', 'require', 'check_float_tensor', 'check_like', 'check_heads', 'check_shapes', 'check_cu_seqlens',
            'sequences', 'check_inputs', 'share_heads', 'compute_dtype', 'check_close', 'use_backend',
-           'interpret_without_gpu', 'interpreting', 'triton_obstacle', 'dispatch', 'keep_backend', 'operator', 'exp',
-           'log', 'log2', 'safe_exp', 'prepare_lens', 'prepare_lens_from_mask', 'prepare_cu_seqlens_from_lens',
-           'prepare_cu_seqlens_from_mask', 'get_unpad_data', 'index_first_axis', 'index_put_first_axis', 'pad_input',
-           'unpad_input', 'prepare_sequence_ids', 'prepare_position_ids', 'prepare_token_indices',
-           'prepare_chunk_offsets', 'prepare_chunk_indices', 'chunk_rows', 'to_chunks', 'from_chunks', 'first_chunks',
-           'pack_sequence', 'unpack_sequence']
+           'interpret_without_gpu', 'interpreting', 'triton_obstacle', 'dispatch', 'takes_triton', 'keep_backend',
+           'operator', 'exp', 'log', 'log2', 'safe_exp', 'prepare_lens', 'prepare_lens_from_mask',
+           'prepare_cu_seqlens_from_lens', 'prepare_cu_seqlens_from_mask', 'get_unpad_data', 'index_first_axis',
+           'index_put_first_axis', 'pad_input', 'unpad_input', 'prepare_sequence_ids', 'prepare_position_ids',
+           'prepare_token_indices', 'prepare_chunk_offsets', 'prepare_chunk_indices', 'chunk_rows', 'to_chunks',
+           'from_chunks', 'first_chunks', 'pack_sequence', 'unpack_sequence']
 
 # %% ../nbs/00_utils.ipynb #c003
 import os
@@ -240,6 +240,16 @@ def dispatch(f_torch):
     f.torch = f_torch
     return f
 
+
+def takes_triton(
+    device: str,  # "cuda", …
+    dtype: torch.dtype,
+) -> bool:
+    "Whether `dispatch` would run such tensors in Triton, if no gradient is recorded."
+    forced = _forced.get()
+    if forced == "torch" or not (forced or device == "cuda"): return False
+    return triton_obstacle([torch.empty(0, dtype=dtype, device=device)]) is None
+
 # %% ../nbs/00_utils.ipynb #keep-backend
 def keep_backend(
     function: type,  # a torch.autograd.Function
@@ -286,12 +296,12 @@ def _own(x: Tensor) -> Tensor:
     return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 # %% ../nbs/00_utils.ipynb #operator-function
-def _autograd_function(function, run, gradient, results, kept):
+def _autograd_function(function, run, gradient, results, kept, free):
     "Give an autograd.Function its forward and backward; see `operator`."
     def forward(ctx, *args):
         made = run(any(ctx.needs_input_grad), *args)
         _remember(ctx, args, [] if kept is None else made[kept:])
-        if kept is not None: ctx.mark_non_differentiable(*made[kept:results])
+        if kept is not None: ctx.mark_non_differentiable(*made[free:results])
         return made[0] if results == 1 else (*made, None)[:results]
 
     def backward(ctx, *grads):
@@ -347,6 +357,7 @@ def operator(
     name: str,  # under torch.ops.kda_lit
     results: int,  # how many of the tensors that `forward` makes go to the caller
     kept: int | None = None,  # those from here on go to `backward`; None: none
+    free: int | None = None,  # results from here on carry no gradient; None: those kept
 ):
     """Class decorator: an autograd.Function from three static methods without a ctx.
     `forward(keep, *args)` makes a list of tensors; keep: if there may be a backward pass.
@@ -354,18 +365,19 @@ def operator(
     An integer tensor in args is `cu_seqlens`; the first argument is then [B, T, …].
     `fake(keep, *args)` makes empty tensors like those that `forward` makes.
     The class has `apply`, and `call`, which is a custom operator under a compiler.
-    A result that is also kept carries no gradient."""
+    A result that is also kept carries no gradient, unless `free` says so."""
     def decorate(function):
         run, gradient, fake = function.forward, function.backward, function.fake
         op = _custom_operator(name, run, gradient, fake, results, kept)
-        _autograd_function(function, run, gradient, results, kept)
+        last = kept if free is None else free
+        _autograd_function(function, run, gradient, results, kept, last)
 
         def call(*args):
             if not torch.compiler.is_compiling(): return function.apply(*args)
             keep = torch.is_grad_enabled() and any(_is_float(x) and x.requires_grad for x in args)
             made = op(keep, *args)
             if keep: made = made[:-1]
-            if kept is not None: made = made[:kept] + [x.detach() for x in made[kept:results]]
+            if kept is not None: made = made[:last] + [x.detach() for x in made[last:results]]
             return made[0] if results == 1 else (*made, None)[:results]
 
         function.call = staticmethod(call)

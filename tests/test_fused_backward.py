@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import DEVICE, Backend, poisoned
 from helpers import borders, draw
 from kda_lit import chunk_kda, naive_recurrent_kda
+from kda_lit.chunk import whole_sizes
 from kda_lit.utils import use_backend
 
 pytest.importorskip("triton")
@@ -18,7 +19,7 @@ import kda_lit.kernels as kernels  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")     # what overflows is computed once more
 
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.bfloat16, torch.float16]
-SMALL = dict(K=32, V=32) if DEVICE == "cpu" else dict(K=64, V=128)        # `learns` takes no smaller ones
+SMALL = dict(K=32, V=32) if DEVICE == "cpu" else dict(K=64, V=128)        # `whole_sizes` has no smaller ones
 GATE = dict(use_gate_in_kernel=True)
 RAW = dict(use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
 
@@ -48,7 +49,8 @@ def through(op, x, do, dS, **options):
 def small_ones_fit(monkeypatch):
     "In the interpreter: single precision, any size."
     if DEVICE == "cpu":
-        for choice in ("fits", "learns"): monkeypatch.setattr(kernels, choice, lambda *args: True)
+        monkeypatch.setattr(kernels, "fits", lambda *args: True)
+        monkeypatch.setattr("kda_lit.chunk.whole_sizes", lambda K, V: True)
 
 
 def check(backend, monkeypatch, x, tol=None, cu_seqlens=None, **options):
@@ -192,11 +194,47 @@ def test_larger(backend, monkeypatch, shape, bound):
     check(backend, monkeypatch, raw(B, T, H, K, V, HV), lower_bound=bound)
 
 
-@pytest.mark.parametrize("K, V, learn", [(128, 128, True), (64, 128, True), (64, 64, False), (128, 256, False), (32, 128, False)])
-def test_sizes_that_learn(K, V, learn):
-    q, v = torch.empty(1, 1, 1, K, dtype=torch.bfloat16), torch.empty(1, 1, 1, V, dtype=torch.bfloat16)
-    assert kernels.learns(q, v) == learn
-    with use_backend("torch"): assert kernels.chunk_kda_operator_triton(q, q, v, True, True, False) == (kernels.FusedKDAFunction if learn else None)
+@pytest.mark.parametrize("K, V, whole", [(128, 128, True), (64, 128, True), (64, 64, False), (128, 256, False), (32, 128, False)])
+def test_sizes(K, V, whole): assert whole_sizes(K, V) == whole
+
+
+@pytest.mark.parametrize("dtype, options, whole", [(torch.bfloat16, (True, True, False), True), (torch.float16, (True, True, False), True),
+                                                   (torch.float32, (True, True, False), False), (torch.bfloat16, (False, True, False), False),
+                                                   (torch.bfloat16, (True, False, False), False), (torch.bfloat16, (True, True, True), False)])
+def test_options_that_fit(dtype, options, whole): assert kernels.computes_whole_triton(dtype, *options) == whole
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("learn", [False, True])
+def test_under_a_compiler(backend, monkeypatch, packed, learn):
+    "One graph, with the operator in it, and the same numbers."
+    small_ones_fit(monkeypatch)
+    torch._dynamo.reset()
+    x, cu = backend.put(raw(1, 40, HV=2, N=2 if packed else 1)), borders([7, 33]).to(DEVICE) if packed else None
+    names, graphs = list(x), []
+
+    def f(*tensors): return chunk_kda(**dict(zip(names, tensors)), **RAW, **GATE, output_final_state=True, cu_seqlens=cu, lower_bound=-5.)
+
+    def look(graph, _):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+    def run(f):
+        leaves = [t.detach().clone().requires_grad_(learn) for t in x.values()]
+        o, S = f(*leaves)
+        return (o, S, *(torch.autograd.grad((o * o).sum() + S.sum(), leaves) if learn else ()))
+    with use_backend("triton"):
+        want = run(f)
+        for a, b in zip(run(torch.compile(f, backend=look, fullgraph=True)), want): assert torch.equal(a, b)
+        for a, b in zip(run(torch.compile(f, backend="aot_eager", fullgraph=True)), want): assert torch.equal(a, b)
+    assert len(graphs) == 1 and "kda_whole" in graphs[0]
+    torch._dynamo.reset()
+
+
+def test_opcheck(backend, monkeypatch):
+    x = {name: t.requires_grad_() for name, t in backend.put(raw()).items()}
+    args = [x[n] for n in ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")]
+    tests = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"
+    with use_backend("triton"): torch.library.opcheck(torch.ops.kda_lit.kda_whole.default, (True, *args, 0.2, True, None, True, True, False, -5.), test_utils=tests)
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, borders([0, 0])], ids=["batch", "packed"])
