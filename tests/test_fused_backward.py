@@ -7,26 +7,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import DEVICE, Backend, poisoned
-from helpers import borders, draw
+from conftest import DEVICE
+from helpers import borders, draw, gradients
 from kda_lit import chunk_kda, naive_recurrent_kda
 from kda_lit.chunk import whole_sizes
 from kda_lit.utils import use_backend
+from test_fused import backend  # noqa: F401: the fixture
 
 pytest.importorskip("triton")
 import kda_lit.kernels as kernels  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")     # what overflows is computed once more
 
-DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.bfloat16, torch.float16]
 SMALL = dict(K=32, V=32) if DEVICE == "cpu" else dict(K=64, V=128)        # `whole_sizes` has no smaller ones
 GATE = dict(use_gate_in_kernel=True)
 RAW = dict(use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
-
-
-@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def backend(request):
-    yield from poisoned(Backend("triton", request.param))
 
 
 def raw(B=1, T=40, H=1, K=SMALL["K"], V=SMALL["V"], HV=None, *, gated=True, seed=0, **options):
@@ -36,14 +31,6 @@ def raw(B=1, T=40, H=1, K=SMALL["K"], V=SMALL["V"], HV=None, *, gated=True, seed
     x["q"], x["k"], x["beta"] = 3 * new(*x["q"].shape), 3 * new(*x["k"].shape), new(*x["beta"].shape)
     if gated: x |= dict(g=new(*x["g"].shape), A_log=new(x["v"].shape[2]).abs(), dt_bias=new(x["g"].shape[2:].numel()))
     return x
-
-
-def through(op, x, do, dS, **options):
-    "Gradients of (o · do).sum() + (S · dS).sum() with respect to every tensor of x."
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in x.items()}
-    o, S = op(**leaves, output_final_state=True, **options)
-    grads = torch.autograd.grad((o, S), [*leaves.values()], (do.to(o), dS.to(S)))
-    return dict(zip(leaves, grads))
 
 
 def small_ones_fit(monkeypatch):
@@ -66,8 +53,8 @@ def check(backend, monkeypatch, x, tol=None, cu_seqlens=None, **options):
     do = backend.rounded(loss * torch.randn(x["v"].shape, generator=random))
     dS = loss * torch.randn(x["initial_state"].shape, generator=random)
     options = RAW | (GATE if "A_log" in x else {}) | options
-    with use_backend("torch"): want = through(chunk_kda, x, do, dS, cu_seqlens=cu_seqlens, **options)
-    with use_backend("triton"): got = through(chunk_kda, put, do.to(DEVICE), dS.to(DEVICE), cu_seqlens=cu_seqlens, **options)
+    with use_backend("torch"): want = gradients(chunk_kda, x, do, dS, cu_seqlens=cu_seqlens, **options)
+    with use_backend("triton"): got = gradients(chunk_kda, put, do.to(DEVICE), dS.to(DEVICE), cu_seqlens=cu_seqlens, **options)
     assert calls, "fused kernels were not used"
     tol = tol or {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}[backend.dtype]
     for name in want:
@@ -168,7 +155,7 @@ def test_against_the_recurrence(backend, monkeypatch):
     x = {n: t if n in ("initial_state", "A_log", "dt_bias") else backend.rounded(t) for n, t in x.items()}
     loss = 256 if backend.dtype == torch.float16 else 1
     do = backend.rounded(loss * torch.randn(x["v"].shape, generator=random))
-    want = through(definition, x, do, loss * torch.randn(x["initial_state"].shape, generator=random).double())
+    want = gradients(definition, x, do, loss * torch.randn(x["initial_state"].shape, generator=random).double())
     for name in want:
         error = (got[name].double().cpu() - want[name]).norm() / want[name].norm()
         assert error < (1e-5 if DEVICE == "cpu" else 0.02), f"d{name} is off by {error:.1e}"
