@@ -350,8 +350,9 @@ def chunk_kda(
     """Kimi Delta Attention, in chunks; differentiable in all tensors.
     States are float32. Half precision is computed in float32, but on a GPU products have
     half-precision operands where that costs no more than rounding: with unit keys and
-    strengths made here, up to 1; with gradients, for K of 64 or 128 and V of 128. Raises ValueError for a wrong shape, range or
-    combination, TypeError for a wrong dtype, before anything runs.
+    strengths made here, up to 1; with gradients, for K of 64 or 128 and V of 128.
+    Raises ValueError for a wrong shape, range or combination, TypeError for a wrong dtype,
+    before anything runs.
     Source: Eq. 1 in the form of Eq. 6-9; fla/ops/kda/chunk.py chunk_kda"""
     if state_v_first and initial_state is not None: initial_state = initial_state.mT
     n = check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
