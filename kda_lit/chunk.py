@@ -309,8 +309,8 @@ def chunk_kda_inference(
 
 # %% ../nbs/30_chunk.ipynb #operator
 def whole_sizes(K: int, V: int) -> bool:
-    "Sizes for which fused backward kernels were seen to be right on a GPU."
-    return (K == 64 or K == 128) and V == 128
+    "Sizes that fused kernels are made for, both ways."
+    return 32 <= K <= 256 and K % 32 == V % 32 == 0 < V
 
 
 def computes_whole(device: str, dtype: torch.dtype, *options: bool) -> bool:
@@ -350,7 +350,7 @@ def chunk_kda(
     """Kimi Delta Attention, in chunks; differentiable in all tensors.
     States are float32. Half precision is computed in float32, but on a GPU products have
     half-precision operands where that costs no more than rounding: with unit keys and
-    strengths made here, up to 1; with gradients, for K of 64 or 128 and V of 128.
+    strengths made here, up to 1, if K and V are multiples of 32 and K is at most 256.
     Raises ValueError for a wrong shape, range or combination, TypeError for a wrong dtype,
     before anything runs.
     Source: Eq. 1 in the form of Eq. 6-9; fla/ops/kda/chunk.py chunk_kda"""

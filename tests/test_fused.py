@@ -95,7 +95,8 @@ def lengths(x, seed=1):
 
 # ---- shapes
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 32, 32), (1, 33, 1, 1, 128, 64), (2, 40, 1, 2, 64, 96), (2, 0, 1, 1, 32, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 32, 32), (1, 33, 1, 1, 128, 64), (2, 40, 1, 2, 64, 96), (2, 0, 1, 1, 32, 32),
+                                   (2, 35, 1, 2, 96, 32), (1, 33, 1, 1, 256, 64)], ids=str)
 def test_shapes(fused, backend, shape):
     B, T, H, HV, K, V = shape
     check(fused, backend, lengths(draw(B, T, H, K, V, HV)), unit=True)
@@ -210,7 +211,8 @@ def test_who_computes(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, K, V, fit", [(torch.bfloat16, 128, 128, True), (torch.float16, 64, 96, True), (torch.float32, 128, 128, False),
-                                              (torch.bfloat16, 96, 128, False), (torch.bfloat16, 256, 128, False), (torch.bfloat16, 64, 60, False)])
+                                              (torch.bfloat16, 96, 128, True), (torch.bfloat16, 256, 256, True), (torch.bfloat16, 64, 60, False),
+                                              (torch.bfloat16, 60, 64, False), (torch.bfloat16, 288, 64, False), (torch.bfloat16, 64, 0, False)])
 def test_fits(dtype, K, V, fit):
     q, v = torch.empty(1, 1, 1, K, dtype=dtype), torch.empty(1, 1, 1, V, dtype=dtype)
     known = True, True, False
@@ -221,7 +223,8 @@ def test_fits(dtype, K, V, fit):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("bound", [None, -5.])
-@pytest.mark.parametrize("shape", [(2, 1000, 4, 8, 128, 128), (1, 3000, 2, 2, 64, 64), (1, 777, 2, 4, 128, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1000, 4, 8, 128, 128), (1, 3000, 2, 2, 64, 64), (1, 777, 2, 4, 128, 32),
+                                   (1, 500, 2, 2, 96, 96), (1, 500, 2, 4, 256, 256)], ids=str)
 def test_larger(fused, backend, shape, bound):
     B, T, H, HV, K, V = shape
     x = draw(B, T, H, K, V, HV)

@@ -19,7 +19,7 @@ import kda_lit.kernels as kernels  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")     # what overflows is computed once more
 
-SMALL = dict(K=32, V=32) if DEVICE == "cpu" else dict(K=64, V=128)        # `whole_sizes` has no smaller ones
+SMALL = dict(K=32, V=32)
 GATE = dict(use_gate_in_kernel=True)
 RAW = dict(use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
 
@@ -65,11 +65,11 @@ def check(backend, monkeypatch, x, tol=None, cu_seqlens=None, **options):
     return got
 
 
-SHAPES = {"cpu": [(1, 1, 1, 1, 32, 32), (1, 33, 1, 1, 128, 64), (2, 70, 1, 2, 64, 128), (1, 64, 2, 2, 32, 32)],
-          "cuda": [(1, 1, 1, 1, 128, 128), (1, 33, 1, 1, 64, 128), (2, 70, 1, 2, 64, 128), (1, 64, 2, 2, 128, 128)]}
+SHAPES = [(1, 1, 1, 1, 32, 32), (1, 33, 1, 1, 128, 64), (2, 70, 1, 2, 64, 128), (1, 64, 2, 2, 32, 32), (2, 35, 1, 2, 96, 96), (1, 33, 1, 1, 256, 128),
+          (1, 33, 1, 1, 32, 256)]
 
 
-@pytest.mark.parametrize("shape", SHAPES[DEVICE], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bound", [None, -5.])
 def test_shapes(backend, monkeypatch, shape, bound):
     B, T, H, HV, K, V = shape
@@ -175,13 +175,14 @@ def test_memory_that_is_kept():
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("bound", [None, -5.])
-@pytest.mark.parametrize("shape", [(2, 1000, 4, 8, 128, 128), (1, 777, 2, 4, 128, 128), (1, 500, 2, 2, 64, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1000, 4, 8, 128, 128), (1, 777, 2, 4, 128, 64), (1, 500, 2, 2, 64, 128), (1, 500, 2, 2, 64, 64),
+                                   (1, 300, 1, 2, 96, 96), (1, 300, 1, 2, 256, 256), (2, 300, 1, 1, 128, 32)], ids=str)
 def test_larger(backend, monkeypatch, shape, bound):
     B, T, H, HV, K, V = shape
     check(backend, monkeypatch, raw(B, T, H, K, V, HV), lower_bound=bound)
 
 
-@pytest.mark.parametrize("K, V, whole", [(128, 128, True), (64, 128, True), (64, 64, False), (128, 256, False), (32, 128, False)])
+@pytest.mark.parametrize("K, V, whole", [(128, 128, True), (64, 32, True), (96, 256, True), (256, 96, True), (60, 64, False), (64, 60, False), (288, 64, False), (0, 64, False)])
 def test_sizes(K, V, whole): assert whole_sizes(K, V) == whole
 
 
@@ -217,8 +218,9 @@ def test_under_a_compiler(backend, monkeypatch, packed, learn):
     torch._dynamo.reset()
 
 
-def test_opcheck(backend, monkeypatch):
-    x = {name: t.requires_grad_() for name, t in backend.put(raw()).items()}
+@pytest.mark.parametrize("K", [32, 96])
+def test_opcheck(backend, monkeypatch, K):
+    x = {name: t.requires_grad_() for name, t in backend.put(raw(K=K)).items()}
     args = [x[n] for n in ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")]
     tests = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"
     with use_backend("triton"): torch.library.opcheck(torch.ops.kda_lit.kda_whole.default, (True, *args, 0.2, True, None, True, True, False, -5.), test_utils=tests)
