@@ -313,10 +313,14 @@ def whole_sizes(K: int, V: int) -> bool:
     return (K == 64 or K == 128) and V == 128
 
 
-def computes_whole(device: str, dtype: torch.dtype, *options: bool) -> bool:
-    "Whether Triton has an operator for all of `chunk_kda`, on such tensors, with such options."
+def computes_whole(
+    device: str,
+    dtype: torch.dtype,
+    strengths: bool,  # which are given, and shall get a gradient
+) -> bool:
+    "Whether Triton has an operator for all of `chunk_kda`."
     if not takes_triton(device, dtype): return False
-    return import_module("kda_lit.kernels").computes_whole_triton(dtype, *options)
+    return import_module("kda_lit.kernels").computes_whole_triton(dtype, strengths)
 
 
 # as torch.compiler.assume_constant_result, which would import the compiler, and Triton, here
@@ -363,10 +367,10 @@ def chunk_kda(
     leaves = q, k, v, g, beta, initial_state, A_log, dt_bias
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     options = scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens, chunk_size
-    compiling, known = torch.compiler.is_compiling(), (use_qk_l2norm_in_kernel, *raw[3:])
+    compiling, strengths = torch.compiler.is_compiling(), learns and not raw[3]
     whole = (learns or compiling) and not return_intermediate_states
     if (whole and q.dtype == k.dtype == v.dtype and whole_sizes(n["K"], n["V"])
-            and computes_whole(q.device.type, q.dtype, *known)):
+            and computes_whole(q.device.type, q.dtype, strengths)):
         from kda_lit.kernels import FusedKDAFunction
         o, S = FusedKDAFunction.call(*leaves, scale, use_qk_l2norm_in_kernel, cu_seqlens,
                                      use_gate_in_kernel, *raw[3:], lower_bound)

@@ -1146,12 +1146,11 @@ def folded_inverse_tile(
     Akk,  # scores of raw keys, read below the diagonal, [C, C]
     beta,  # [C]
     rk,  # [C]
-    EXACT: tl.constexpr,  # the products, as in `dot`
-    TYPE: tl.constexpr,  # of their operands
+    TYPE: tl.constexpr,  # of the operands; float32 is rounded to TF32
 ):  # [C, C]
     "X of equation 3."
     N = (beta * rk)[:, None] * Akk * rk[None, :]
-    return rk[:, None] * inverse_tile(N, EXACT, TYPE) * beta[None, :]
+    return rk[:, None] * inverse_tile(N, False, TYPE) * beta[None, :]
 
 # %% ../nbs/40_fused_forward.ipynb #loads
 @triton.jit
@@ -1182,13 +1181,13 @@ def load_decays(G, A, BIAS, at, real, head, channel, bound, K: tl.constexpr,
 # %% ../nbs/40_fused_forward.ipynb #prepare-kernel
 @triton.jit(do_not_specialize=["T", "PER"])
 def prepare_kernel(Q, KEYS, G, BETA, A, BIAS, CHUNKS, QG, KE, KG, AQK, X, DECAY, SCALARS, WIDE,
-                   scale, bound, strongest, T, PER, H, HV, K: tl.constexpr, C: tl.constexpr,
+                   scale, bound, strongest, least, T, PER, H, HV, K: tl.constexpr, C: tl.constexpr,
                    BK: tl.constexpr, GATED: tl.constexpr, BOUNDED: tl.constexpr,
                    FREE: tl.constexpr, UNIT: tl.constexpr, RAW_BETA: tl.constexpr, PACKED: tl.constexpr,
-                   EXACT: tl.constexpr, AGAIN: tl.constexpr):
+                   AGAIN: tl.constexpr):
     DTYPE: tl.constexpr = Q.dtype.element_ty
     RANGE: tl.constexpr = tl.float32 if DTYPE == tl.float16 else DTYPE
-    SHORT: tl.constexpr = tl.float32 if EXACT or DTYPE == tl.float32 else tl.float16
+    SHORT: tl.constexpr = tl.float16 if UNIT and DTYPE != tl.float32 else tl.float32
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     own = chunk * HV + head
     if AGAIN:
@@ -1229,6 +1228,7 @@ def prepare_kernel(Q, KEYS, G, BETA, A, BIAS, CHUNKS, QG, KE, KG, AQK, X, DECAY,
     if AGAIN: Akk = tl.trans(Aqk)
     elif FREE: tl.store(WIDE + own, (lowest < -200.0).to(tl.int8))
     if RAW_BETA: beta = tl.where(real, strongest, 0.0) * reciprocal(1 + power_of_two(beta * -LOG2E))
+    else: beta = tl.where(real & (tl.abs(beta) < least), least, beta)
     rq, rk = tl.zeros_like(qq) + scale, tl.zeros_like(kk) + 1.0
     if UNIT: rq, rk = scale * tl.rsqrt(qq + 1e-6), tl.rsqrt(kk + 1e-6)
     scalars = SCALARS + own * 3 * C + i
@@ -1237,7 +1237,7 @@ def prepare_kernel(Q, KEYS, G, BETA, A, BIAS, CHUNKS, QG, KE, KG, AQK, X, DECAY,
     tl.store(scalars + 2 * C, beta)
     Aqk = tl.where(i[:, None] >= i[None, :], rq[:, None] * Aqk, 0.0)
     tl.store(AQK + own * C * C + pair, Aqk.to(DTYPE))
-    X_ = folded_inverse_tile(Akk, beta, rk, EXACT, SHORT)
+    X_ = folded_inverse_tile(Akk, beta, rk, SHORT)
     tl.store(X + own * C * C + pair, X_.to(DTYPE))
 
 # %% ../nbs/40_fused_forward.ipynb #prepare-launcher
@@ -1248,7 +1248,7 @@ def chunk_table(cu_seqlens, C):  # [NT, 2]
 
 
 def prepare_triton(q, k, g, beta, scale, unit, cu_seqlens, gated, A, bias, raw_beta, doubled,
-                   lower_bound, C=32):
+                   lower_bound, C=32, least=0.0):
     "qg, ke, kg, Aqk, X, decay and row scalars of all chunks, and which are wide."
     (B, T, H, K), HV, per = q.shape, beta.shape[2], triton.cdiv(q.shape[1], C)
     NT, chunks, packed = B * per, q, cu_seqlens is not None      # chunks: here not read
@@ -1258,15 +1258,14 @@ def prepare_triton(q, k, g, beta, scale, unit, cu_seqlens, gated, A, bias, raw_b
     new = lambda *size, dtype=torch.float32: q.new_empty(NT, HV, *size, dtype=dtype)
     results = [*(new(*size, dtype=q.dtype) for size in [(C, K)] * 3 + [(C, C)] * 2),
                new(K), new(3, C)]
-    bounded, exact = gated and lower_bound is not None, doubled or not (unit and raw_beta)
+    bounded = gated and lower_bound is not None
     free, BK = not bounded or lower_bound < -5, min(K, options(prepare_kernel, q)["BK"])
     wide = new(dtype=torch.int8)
     for again in (False, True) if free else (False,):
         launch(prepare_kernel, (NT, HV), q, k, g, beta, A, bias, chunks, *results, wide,
-               float(scale), float(lower_bound or 0), 2.0 if doubled else 1.0, T, per, H, HV,
-               K=K, C=C, BK=min(BK, 32) if again else BK, GATED=gated, BOUNDED=bounded,
-               FREE=free, UNIT=unit, RAW_BETA=raw_beta, PACKED=packed, EXACT=exact,
-               AGAIN=again)
+               float(scale), float(lower_bound or 0), 2.0 if doubled else 1.0, least, T, per, H,
+               HV, K=K, C=C, BK=min(BK, 32) if again else BK, GATED=gated, BOUNDED=bounded,
+               FREE=free, UNIT=unit, RAW_BETA=raw_beta, PACKED=packed, AGAIN=again)
     return *results, wide
 
 # %% ../nbs/40_fused_forward.ipynb #folded-step-tile
@@ -1371,17 +1370,16 @@ def fused_forward(q, k, v, g, beta, scale, S, unit, cu_seqlens, *gates, keep=Fal
     return o, final, kept
 
 # %% ../nbs/40_fused_forward.ipynb #inference-triton
-def fits(q, k, v, unit, raw_beta, doubled):
-    "Whether the two kernels are made for such inputs: half precision, unit keys, β ≤ 1."
+def fits(q, k, v):
+    "Whether the two kernels are made for such inputs: half precision, sizes of models."
     half, (K, V) = q.dtype in (torch.bfloat16, torch.float16), (q.shape[3], v.shape[3])
-    sizes = q.dtype == k.dtype == v.dtype and K in (32, 64, 128) and V % 32 == 0
-    return half and sizes and unit and raw_beta and not doubled
+    return half and q.dtype == k.dtype == v.dtype and K in (32, 64, 128) and V % 32 == 0
 
 
 def chunk_kda_inference_triton(q, k, v, g, beta, scale, S, unit, cu_seqlens, chunk_size, gated,
                                A_log, dt_bias, raw_beta, doubled, lower_bound):
     gates = gated, A_log, dt_bias, raw_beta, doubled, lower_bound
-    if fits(q, k, v, unit, raw_beta, doubled):
+    if fits(q, k, v):
         return fused_forward(q, k, v, g, beta, scale, S, unit, cu_seqlens, *gates)[:2]
     return chunk_kda_inference.torch(q, k, v, g, beta, scale, S, unit, cu_seqlens, chunk_size,
                                      *gates)
@@ -1641,7 +1639,7 @@ def gradients_kernel(Q, KEYS, VALUES, G, A, BIAS, CHUNKS, SIDES, SCALARS, WIDE, 
     found = tl.sum(tl.where(on & (beta != 0)[:, None], dA, 0.0), 1)
     found /= tl.where(beta == 0, 1.0, length * beta)            # dv · w; nothing where nothing is written
     if start == 0:
-        dbeta = found * (1 - beta / strongest) if RAW_BETA else found / beta
+        dbeta = found * (1 - beta / strongest) if RAW_BETA else found / tl.where(beta == 0, 1.0, beta)
         tl.store(DBETA + query + token, dbeta, is_key & (i < left))
     s = tl.where(is_key, -length, length)
     if UNIT:
@@ -1685,7 +1683,8 @@ def fused_backward(q, k, v, g, beta, scale, unit, cu_seqlens, kept, o, do, dS1, 
         offsets = prepare_chunk_offsets(borders, C)
         pairs, sides, chunks = pair_tables(borders, C)
     qg, ke, kg, Aqk, X, decay, scalars, wide = prepare_triton(
-        q, k, g, beta, scale, unit, cu_seqlens, gated, A, bias, raw_beta, doubled, lower_bound, C)
+        q, k, g, beta, scale, unit, cu_seqlens, gated, A, bias, raw_beta, doubled, lower_bound, C,
+        least=2 ** -30)
     NT, NP, sizes = len(qg), len(pairs) if packed else B * triton.cdiv(per, 2), dict(K=K, V=V, C=C)
     middle, writes = torch.empty_like(kept), v.new_empty(NT, HV, C, V)
     launch(replay_kernel, (NP, HV, V // BV), v, ke, kg, X, decay, scalars, kept, pairs, middle,
@@ -1741,9 +1740,9 @@ class FusedKDAFunction(torch.autograd.Function):
         return [v.new_empty(v.shape), final, v.new_empty(pairs, HV, K, V)]
 
 
-def computes_whole_triton(dtype, unit, raw_beta, doubled):
+def computes_whole_triton(dtype, strengths):
     x = torch.empty(1, 1, 1, 64, dtype=dtype, device="meta")
-    return fits(x, x, x, unit, raw_beta, doubled)
+    return fits(x, x, x) and not (strengths and dtype == torch.float16)
 
 # %% ../nbs/42_decode.ipynb #imports
 from functools import cache
