@@ -112,6 +112,19 @@ def test_packed(fused, backend, integers):
     check(fused, backend, lengths(x), borders(lens).to(integers), unit=True)
 
 
+def cut(monkeypatch):
+    "In three stretches, some of no chunk; on a GPU on a second stream, though walks are many."
+    monkeypatch.setattr(kernels, "multiprocessors", lambda x: 10 ** 6)
+    monkeypatch.setattr(kernels, "stretches", lambda stream, count, programs: [(0, count // 3), (count // 3, count // 3), (count // 3, count)])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_in_stretches(fused, backend, monkeypatch, packed):
+    cut(monkeypatch)
+    borders_ = borders([40, 0, 1, 97, 3]) if packed else None
+    check(fused, backend, draw(2 - packed, 141, 1, 32, 32, HV=2, N=5 if packed else 2), borders_)
+
+
 def test_only_empty_sequences(fused, backend):
     x = draw(1, 0, 1, 32, 32, N=2)
     _, S = fused(x, cu_seqlens=borders([0, 0]))

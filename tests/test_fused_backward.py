@@ -12,7 +12,7 @@ from helpers import borders, draw, gradients
 from kda_lit import chunk_kda, naive_recurrent_kda
 from kda_lit.chunk import whole_sizes
 from kda_lit.utils import use_backend
-from test_fused import backend  # noqa: F401: the fixture
+from test_fused import backend, cut  # noqa: F401: the fixture
 
 pytest.importorskip("triton")
 import kda_lit.kernels as kernels  # noqa: E402
@@ -80,6 +80,13 @@ def test_shapes(backend, monkeypatch, shape, bound):
 def test_packed(backend, monkeypatch, integers):
     lens = [0, 1, 33, 0, 64, 65, 20, 0]
     check(backend, monkeypatch, raw(1, sum(lens), HV=2, N=len(lens)), cu_seqlens=borders(lens).to(integers), lower_bound=-5.)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_in_stretches(backend, monkeypatch, packed):
+    cut(monkeypatch)
+    x = raw(2 - packed, 141, HV=2, N=5 if packed else 2)
+    check(backend, monkeypatch, x, cu_seqlens=borders([40, 0, 1, 97, 3]) if packed else None, lower_bound=-5.)
 
 
 STEPS = torch.tensor([0., -0.01, -1., -5., -6., -20., -80., -500.]).double()
