@@ -353,8 +353,8 @@ def chunk_kda(
 ) -> tuple:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] or None; if asked, h
     """Kimi Delta Attention, in chunks; differentiable in all tensors.
     States are float32. Half precision is computed in float32, but on a GPU products have
-    half-precision operands where that costs no more than rounding: with unit keys and
-    strengths made here, up to 1; with gradients, for K of 64 or 128 and V of 128.
+    half-precision operands, for K of 32, 64 or 128 and V a multiple of 32; with gradients,
+    for K of 64 or 128 and V of 128, in float16 only if strengths are made here.
     Raises ValueError for a wrong shape, range or combination, TypeError for a wrong dtype,
     before anything runs.
     Source: Eq. 1 in the form of Eq. 6-9; fla/ops/kda/chunk.py chunk_kda"""
