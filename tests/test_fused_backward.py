@@ -12,7 +12,7 @@ from helpers import borders, draw, gradients
 from kda_lit import chunk_kda, naive_recurrent_kda
 from kda_lit.chunk import whole_sizes
 from kda_lit.utils import use_backend
-from test_fused import backend  # noqa: F401: the fixture
+from test_fused import backend, cut  # noqa: F401: the fixture
 
 pytest.importorskip("triton")
 import kda_lit.kernels as kernels  # noqa: E402
@@ -82,6 +82,13 @@ def test_packed(backend, monkeypatch, integers):
     check(backend, monkeypatch, raw(1, sum(lens), HV=2, N=len(lens)), cu_seqlens=borders(lens).to(integers), lower_bound=-5.)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_in_stretches(backend, monkeypatch, packed):
+    cut(monkeypatch)
+    x = raw(2 - packed, 141, HV=2, N=5 if packed else 2)
+    check(backend, monkeypatch, x, cu_seqlens=borders([40, 0, 1, 97, 3]) if packed else None, lower_bound=-5.)
+
+
 STEPS = torch.tensor([0., -0.01, -1., -5., -6., -20., -80., -500.]).double()
 DECAYS = {str(d.item()): d for d in STEPS} | {
     "mixed": STEPS[torch.randint(8, (1, 40, 1, SMALL["K"]), generator=torch.Generator().manual_seed(1))],
@@ -93,12 +100,40 @@ def test_hard_decays(backend, monkeypatch, decay):
     check(backend, monkeypatch, raw(gated=False, decay=DECAYS[decay]))
 
 
-def test_keys_that_repeat(backend, monkeypatch):
+def given(x):
+    "The same with strengths that are given, between 0 and 1."
+    return dict(x, beta=x["beta"].sigmoid())
+
+
+def no_float16(backend):
+    if backend.dtype == torch.float16: pytest.skip("the choice leaves given strengths in float16 to the single kernels")
+
+
+PLAIN, OUTSIDE, DOUBLED = dict(use_beta_sigmoid_in_kernel=False), dict(use_qk_l2norm_in_kernel=False), dict(allow_neg_eigval=True)
+INPUTS = {"strengths given": PLAIN, "keys as they are": OUTSIDE, "both": PLAIN | OUTSIDE, "doubled": DOUBLED, "doubled, keys as they are": DOUBLED | OUTSIDE}
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("kind", INPUTS)
+def test_inputs(backend, monkeypatch, kind, gated):
+    "Strengths made inside or not, keys scaled inside or of any length, up to 2 / |k|² together."
+    x, options = raw(gated=gated), INPUTS[kind]
+    if not options.get("use_beta_sigmoid_in_kernel", True):
+        no_float16(backend)
+        x = given(x)
+    if not options.get("use_qk_l2norm_in_kernel", True):
+        x |= {name: F.normalize(x[name], dim=-1) for name in "qk"}
+        if "both" in kind: x["k"], x["beta"] = 4 * x["k"], x["beta"] / 8
+    check(backend, monkeypatch, x, **options)
+
+
+@pytest.mark.parametrize("strength", [1, 2])
+def test_keys_that_repeat(backend, monkeypatch, strength):
     "Near-duplicate keys, full strengths, weak decays: where the inverse is largest."
     x = raw(1, 64, gated=False, decay=-0.001)
     x["k"] = torch.ones_like(x["k"]) + 0.05 * torch.randn_like(x["k"])
     x["beta"] = torch.full_like(x["beta"], 4.)
-    check(backend, monkeypatch, x, tol=1e-4 if DEVICE == "cpu" else 0.1)
+    check(backend, monkeypatch, x, tol=1e-4 if DEVICE == "cpu" else (0.1, 0.3)[strength - 1], allow_neg_eigval=strength == 2)
 
 
 def test_strengths_that_vanish(backend, monkeypatch):
@@ -107,6 +142,15 @@ def test_strengths_that_vanish(backend, monkeypatch):
     x["beta"][:, ::3] = -200.
     got = check(backend, monkeypatch, x, lower_bound=-5.)
     assert (got["beta"][:, ::3] == 0).all() and (got["v"][:, ::3] == 0).all()
+
+
+def test_strengths_of_zero(backend, monkeypatch):
+    "Given strengths of zero, or nearly: nothing is written, but it would matter if something were."
+    no_float16(backend)
+    x = given(raw())
+    x["beta"][:, ::3], x["beta"][:, 1::3] = 0, 1e-8
+    got = check(backend, monkeypatch, x, **PLAIN)
+    assert (got["beta"] != 0).all() and got["v"][:, ::3].norm() < 1e-7 * got["v"].norm()
 
 
 @pytest.mark.parametrize("options", [dict(A_log=None), dict(dt_bias=None), dict(scale=-0.3)], ids=str)
@@ -186,10 +230,9 @@ def test_larger(backend, monkeypatch, shape, bound):
 def test_sizes(K, V, whole): assert whole_sizes(K, V) == whole
 
 
-@pytest.mark.parametrize("dtype, options, whole", [(torch.bfloat16, (True, True, False), True), (torch.float16, (True, True, False), True),
-                                                   (torch.float32, (True, True, False), False), (torch.bfloat16, (False, True, False), False),
-                                                   (torch.bfloat16, (True, False, False), False), (torch.bfloat16, (True, True, True), False)])
-def test_options_that_fit(dtype, options, whole): assert kernels.computes_whole_triton(dtype, *options) == whole
+@pytest.mark.parametrize("dtype, strengths, whole", [(torch.bfloat16, False, True), (torch.bfloat16, True, True), (torch.float16, False, True),
+                                                     (torch.float16, True, False), (torch.float32, False, False)])
+def test_options_that_fit(dtype, strengths, whole): assert kernels.computes_whole_triton(dtype, strengths) == whole
 
 
 @pytest.mark.parametrize("packed", [False, True])
