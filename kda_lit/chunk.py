@@ -309,14 +309,18 @@ def chunk_kda_inference(
 
 # %% ../nbs/30_chunk.ipynb #operator
 def whole_sizes(K: int, V: int) -> bool:
-    "Sizes for which fused backward kernels were seen to be right on a GPU."
-    return (K == 64 or K == 128) and V == 128
+    "Sizes that fused kernels are made for, both ways."
+    return 32 <= K <= 256 and K % 32 == V % 32 == 0 < V
 
 
-def computes_whole(device: str, dtype: torch.dtype, *options: bool) -> bool:
-    "Whether Triton has an operator for all of `chunk_kda`, on such tensors, with such options."
+def computes_whole(
+    device: str,
+    dtype: torch.dtype,
+    strengths: bool,  # which are given, and shall get a gradient
+) -> bool:
+    "Whether Triton has an operator for all of `chunk_kda`."
     if not takes_triton(device, dtype): return False
-    return import_module("kda_lit.kernels").computes_whole_triton(dtype, *options)
+    return import_module("kda_lit.kernels").computes_whole_triton(dtype, strengths)
 
 
 # as torch.compiler.assume_constant_result, which would import the compiler, and Triton, here
@@ -349,8 +353,8 @@ def chunk_kda(
 ) -> tuple:  # o [B, T, HV, V] in v's dtype, S [N, HV, K, V] or None; if asked, h
     """Kimi Delta Attention, in chunks; differentiable in all tensors.
     States are float32. Half precision is computed in float32, but on a GPU products have
-    half-precision operands where that costs no more than rounding: with unit keys and
-    strengths made here, up to 1; with gradients, for K of 64 or 128 and V of 128.
+    half-precision operands, if K and V are multiples of 32 and K is at most 256; with
+    gradients, in float16, only if strengths are made here.
     Raises ValueError for a wrong shape, range or combination, TypeError for a wrong dtype,
     before anything runs.
     Source: Eq. 1 in the form of Eq. 6-9; fla/ops/kda/chunk.py chunk_kda"""
@@ -363,10 +367,10 @@ def chunk_kda(
     leaves = q, k, v, g, beta, initial_state, A_log, dt_bias
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     options = scale, initial_state, use_qk_l2norm_in_kernel, cu_seqlens, chunk_size
-    compiling, known = torch.compiler.is_compiling(), (use_qk_l2norm_in_kernel, *raw[3:])
+    compiling, strengths = torch.compiler.is_compiling(), learns and not raw[3]
     whole = (learns or compiling) and not return_intermediate_states
     if (whole and q.dtype == k.dtype == v.dtype and whole_sizes(n["K"], n["V"])
-            and computes_whole(q.device.type, q.dtype, *known)):
+            and computes_whole(q.device.type, q.dtype, strengths)):
         from kda_lit.kernels import FusedKDAFunction
         o, S = FusedKDAFunction.call(*leaves, scale, use_qk_l2norm_in_kernel, cu_seqlens,
                                      use_gate_in_kernel, *raw[3:], lower_bound)

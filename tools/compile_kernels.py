@@ -4,7 +4,9 @@
     python tools/compile_kernels.py --capability 80 # for an A100
 
 The interpreter takes what the compiler refuses, so this is the second half of a test without a GPU. The launches are those
-of tests/test_equations*.py; of launches that differ in sizes only, the one with the largest blocks is compiled.
+of tests/test_equations*.py; of launches that differ in sizes only, the one with the largest blocks is compiled. Those of
+tests/test_fused*.py are compiled in all sizes, and for half precision, in which fused kernels are used. It fails if a kernel
+reads a uniform register that nothing has written, which is the assembler's fault (41_fused_backward tells of it).
 """
 import argparse
 import json
@@ -17,7 +19,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
+FUSED = {"prepare_kernel", "walk_kernel", "replay_kernel", "walk_back_kernel", "gradients_kernel"}
+SINGLE = {"A", "BIAS", "DECAY", "SCALARS", "STATE", "DSTATE", "S0", "S1", "DS0", "DS1", "DA"}       # in float32 there, too
+POINTERS = {"float32": "*fp32", "int8": "*i8", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
 
 
 def type_of(x):
@@ -38,7 +42,7 @@ class Recorder:
         def recorded(kernel, programs, *args, **constants):
             sizes = {k: v for k, v in constants.items() if type(v) is int}
             flags = {k: v for k, v in constants.items() if type(v) is not int}
-            key = kernel.__name__, str([type_of(x) for x in args]), str(flags)
+            key = kernel.__name__, str([type_of(x) for x in args]), str(flags), str(sizes if kernel.__name__ in FUSED else "")
             if key not in self.launches or math.prod(sizes.values()) > math.prod(self.launches[key][1].values()):
                 self.launches[key] = [type_of(x) for x in args], sizes, flags
             return launch(kernel, programs, *args, **constants)
@@ -50,21 +54,36 @@ def record():
     import pytest
     recorder, output = Recorder(), os.dup(1)
     os.dup2(2, 1)                                                        # what pytest prints
-    files = map(str, (ROOT / "tests").glob("test_equations*.py"))
-    failed = pytest.main([*files, "-q", "-k", "triton"], plugins=[recorder])
+    files = [str(path) for name in ("equations", "fused") for path in (ROOT / "tests").glob(f"test_{name}*.py")]
+    failed = pytest.main([*files, "-q", "-k", "triton or fused and not compiler"], plugins=[recorder])
     os.write(output, json.dumps([(key[0], *launch) for key, launch in recorder.launches.items()]).encode())
     sys.exit(failed)
 
 
+def unwritten(instructions):
+    "Uniform registers that are read, in the order of the code, before anything has written them."
+    written, found = set(), set()
+    for text in instructions:
+        op, _, rest = re.sub(r"^@!?U?P\w+ +", "", text).partition(" ")
+        target = re.match(r"(?:UP\w, )*UR(\d+)\b", rest) if op.startswith(("U", "R2UR", "S2UR")) else None
+        pair = {0, 1} if ".64" in op else {0}
+        for m in re.finditer(r"(g?desc\[)?\bUR(\d+)\b", rest[target.end():] if target else rest):
+            wide = {None: pair, "desc[": {0, 1}, "gdesc[": {2, 3} if re.search(r", R\d+, gdesc", rest) else {0, 1, 2, 3}}[m[1]]
+            found |= {int(m[2]) + i for i in wide} - written
+        if target: written |= {int(target[1]) + i for i in (pair | {1} if ".WIDE" in op else pair)}
+    return sorted(found)
+
+
 def usage(compiled):
-    "Registers, bytes on the stack (spills), and bytes of shared memory."
+    "Registers, bytes on the stack (spills), bytes of shared memory, and uniform registers that nothing has written."
     import triton
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return *map(int, re.search(r"REG:(\d+) STACK:(\d+)", said).groups()), compiled.metadata.shared
+        said, code = (subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout for flag in ("-res-usage", "-sass"))
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?) ?;", code, re.M)
+    return *map(int, re.search(r"REG:(\d+) STACK:(\d+)", said).groups()), compiled.metadata.shared, unwritten(instructions)
 
 
 def compile_one(name, types, constants, capability):
@@ -78,6 +97,7 @@ def compile_one(name, types, constants, capability):
     found = {key: n for row in rows for key, n in row.items()}
     constants |= {key: found.pop(key) for key in list(found) if key in kernel.arg_names}
     names = [n for n in kernel.arg_names if n not in constants]
+    if name in FUSED: types = ["*bf16" if t == "*fp32" and n not in SINGLE else t for n, t in zip(names, types)]
     signature = {**dict(zip(names, types, strict=True)), **dict.fromkeys(constants, "constexpr")}
     constants |= {n: None for n in names if signature[n] == "constexpr"}
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*")}
@@ -97,9 +117,12 @@ def main():
     launches = json.loads(subprocess.run([sys.executable, __file__, "--record"], env=env, check=True, stdout=subprocess.PIPE).stdout)
     os.environ["TRITON_INTERPRET"] = "0"
     print(f"{'kernel':28}{'constants':44}registers  stack  shared")
+    wrong = []
     for name, types, sizes, flags in launches:
-        registers, stack, shared = compile_one(name, types, sizes | flags, args.capability)
+        registers, stack, shared, stale = compile_one(name, types, sizes | flags, args.capability)
         print(f"{name:28}{' '.join(f'{k}={v}' for k, v in (sizes | flags).items()):44}{registers:9}{stack:7}{shared:8}")
+        if stale: wrong.append(f"{name} {sizes | flags} reads uniform registers that nothing has written: {stale}")
+    if wrong: sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":
