@@ -66,7 +66,7 @@ def unwritten(instructions):
     for text in instructions:
         op, _, rest = re.sub(r"^@!?U?P\w+ +", "", text).partition(" ")
         target = re.match(r"(?:UP\w, )*UR(\d+)\b", rest) if op.startswith(("U", "R2UR", "S2UR")) else None
-        pair = {0, 1} if ".64" in op else {0}
+        pair = {0, 1} if op.startswith("U") and ".64" in op else {0}
         for m in re.finditer(r"(g?desc\[)?\bUR(\d+)\b", rest[target.end():] if target else rest):
             wide = {None: pair, "desc[": {0, 1}, "gdesc[": {2, 3} if re.search(r", R\d+, gdesc", rest) else {0, 1, 2, 3}}[m[1]]
             found |= {int(m[2]) + i for i in wide} - written
@@ -95,7 +95,8 @@ def compile_one(name, types, constants, capability):
     kernel = getattr(kernels, name)
     rows = [rows.get(name, {}) for since, rows in sorted(kernels.OPTIONS.items()) if since <= capability]
     found = {key: n for row in rows for key, n in row.items()}
-    constants |= {key: found.pop(key) for key in list(found) if key in kernel.arg_names}
+    found |= constants
+    constants = {key: found.pop(key) for key in list(found) if key in kernel.arg_names}
     names = [n for n in kernel.arg_names if n not in constants]
     if name in FUSED: types = ["*bf16" if t == "*fp32" and n not in SINGLE else t for n, t in zip(names, types)]
     signature = {**dict(zip(names, types, strict=True)), **dict.fromkeys(constants, "constexpr")}
