@@ -1794,7 +1794,9 @@ def gradients_kernel(Q, KEYS, VALUES, G, A, BIAS, CHUNKS, SIDES, SCALARS, WIDE, 
     S, dS = tl.load(STATE), tl.load(DSTATE)
     SCALARS += own * 3 * C
     length, beta = tl.load(SCALARS + r), tl.load(SCALARS + 2 * C + i)   # of queries, then of keys
-    dA = across(outer, OUTER, w, W, V)                                              # [2C, C]
+    dA = tl.zeros([2 * C, C], tl.float32)
+    if UNIT: dA = across(outer, OUTER, w, W, V)
+    elif left > 0: dA = across(outer, OUTER, w, W, V)           # always, which no compiler knows
     found = tl.sum(tl.where((i[:, None] == c[None, :]) & (beta != 0)[:, None], dA, 0.0), 1)
     found /= tl.where(beta == 0, 1.0, length * beta)            # dv · w; nothing where nothing is written
     dbeta = found * (1 - beta / strongest) if RAW_BETA else found / tl.where(beta == 0, 1.0, beta)
@@ -1885,7 +1887,7 @@ def fused_backward(q, k, v, g, beta, scale, unit, cu_seqlens, kept, o, do, dS1, 
         launch(gradients_kernel, (NT * (K // BK), HV), q, k, v, g, A_, bias_, chunks, sides,
                scalars, wide, writes, kept, middle, o, do, dv, dstates, dq, dk, dg, dbeta, dA,
                float(scale), float(lower_bound or 0), 2.0 if doubled else 1.0, T, per, H, HV,
-               **sizes, BK=BK, BV=128 if V == 128 else BV, GATED=gated, BOUNDED=bounded, FREE=free,
+               **sizes, BK=BK, BV=BV if V % 128 else 128, GATED=gated, BOUNDED=bounded, FREE=free,
                UNIT=unit, RAW_BETA=raw_beta, PACKED=packed, AGAIN=again)
     if HV != H: dq, dk = (x.unflatten(2, (H, -1)).sum(3) for x in (dq, dk))
     if not gated: return dq, dk, dv, dg, dbeta, dS, None, None
