@@ -1887,8 +1887,9 @@ def fused_backward(q, k, v, g, beta, scale, unit, cu_seqlens, kept, o, do, dS1, 
         launch(gradients_kernel, (NT * (K // BK), HV), q, k, v, g, A_, bias_, chunks, sides,
                scalars, wide, writes, kept, middle, o, do, dv, dstates, dq, dk, dg, dbeta, dA,
                float(scale), float(lower_bound or 0), 2.0 if doubled else 1.0, T, per, H, HV,
-               **sizes, BK=BK, BV=BV if V % 128 else 128, GATED=gated, BOUNDED=bounded, FREE=free,
-               UNIT=unit, RAW_BETA=raw_beta, PACKED=packed, AGAIN=again)
+               **sizes, BK=BK, BV=64 if V == 64 else 32 if V % 128 else 128, GATED=gated,
+               BOUNDED=bounded, FREE=free, UNIT=unit, RAW_BETA=raw_beta, PACKED=packed,
+               AGAIN=again)
     if HV != H: dq, dk = (x.unflatten(2, (H, -1)).sum(3) for x in (dq, dk))
     if not gated: return dq, dk, dv, dg, dbeta, dS, None, None
     dbias = dg.sum((0, 1), dtype=torch.float32).flatten()
