@@ -250,7 +250,7 @@ def measure(name, bandwidth, seed):
         result["ms"], result["host"] = milliseconds(f)
         if task == "decode":
             result["eager_ms"] = result["ms"]
-            result["ms"] = replayed([call_of(task, gate, who, *inputs(task, shape, seed=i)) for i in range(max(1, 64 // int(shape)))])
+            result["ms"] = replayed([call_of(task, gate, who, *inputs(task, shape, seed=i)) for i in range(max(16, 64 // int(shape)))])
     if task == "decode":
         least = 32 * int(shape) * (2 * 4 * D * D + 4 * 2 * D + 4 * D + 4)        # the state twice, inputs and outputs
         result["copy"] = least / (result["ms"] * 1e-3) / bandwidth

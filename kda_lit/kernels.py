@@ -1619,8 +1619,8 @@ def walk_back_kernel(DO, QG, KE, KG, AQK, X, DECAY, SCALARS, DSTATE, DV, DSTATES
 # %% ../nbs/41_fused_backward.ipynb #rounded
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    "x, float32, to the nearest number of a shorter type; halves away from zero."
-    if DTYPE == tl.float32: return x
+    "x, float32, as products read it: the nearest number of a shorter type, or of TF32."
+    if INTERPRETED and DTYPE == tl.float32: return x
     else:
         LOST: tl.constexpr = 16 if DTYPE == tl.bfloat16 else 13
         bits = x.to(tl.int32, bitcast=True) + (1 << (LOST - 1))
