@@ -1106,7 +1106,7 @@ from itertools import pairwise
 
 from torch.nn.functional import pad
 
-from .chunk import chunk_kda_inference
+from .chunk import chunk_kda_inference, whole_sizes
 from .chunk_intra import decay_scores
 from .utils import prepare_chunk_indices, prepare_chunk_offsets
 
@@ -1496,9 +1496,8 @@ def fused_forward(q, k, v, g, beta, scale, S, unit, cu_seqlens, *gates, keep=Fal
 # %% ../nbs/40_fused_forward.ipynb #inference-triton
 def fits(q, k, v):
     "Whether the two kernels are made for such inputs: half precision, sizes of models."
-    half, (K, V) = q.dtype in (torch.bfloat16, torch.float16), (q.shape[3], v.shape[3])
-    sizes = 32 <= K <= 256 and K % 32 == V % 32 == 0 < V
-    return half and sizes and q.dtype == k.dtype == v.dtype
+    half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    return half and whole_sizes(q.shape[3], v.shape[3])
 
 
 def chunk_kda_inference_triton(q, k, v, g, beta, scale, S, unit, cu_seqlens, chunk_size, gated,
