@@ -1685,7 +1685,8 @@ def pairs_bwd_tile(
 @triton.jit
 def middle_bwd(Q, KEYS, DQ, DK, SCALARS, real, g, late, dA, along,
                V: tl.constexpr, DTYPE: tl.constexpr, RANGE: tl.constexpr):
-    "Equations 4 and 5 around the middle; gradients of decays [BK, C], but for S; half, [BK, 1]."
+    """Equations 4 and 5 around the middle; gradients of decays [BK, C], but for S; half, [BK, 1].
+    Source: Eq. 6-9, differentiated"""
     S, S_, dS, DS, w, W, outer, OUTER = late
     dAq, dAk, along_q, along_k = dA[0], dA[1], along[0], along[1]
     c, none = tl.arange(0, g.shape[1]), tl.zeros_like(g)
@@ -1712,7 +1713,7 @@ def middle_bwd(Q, KEYS, DQ, DK, SCALARS, real, g, late, dA, along,
 @triton.jit
 def halves_bwd(Q, KEYS, DQ, DK, SCALARS, real, g, late, dA, along,
                V: tl.constexpr, DTYPE: tl.constexpr, RANGE: tl.constexpr):
-    "As `middle_bwd`, by halves."
+    "As `middle_bwd`, by halves. Source: Eq. 6-9, differentiated"
     C: tl.constexpr = g.shape[1]
     S, S_, dS, DS, w, W, outer, OUTER = late
     dAq, dAk, along_q, along_k = dA[0], dA[1], along[0], along[1]
