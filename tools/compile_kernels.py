@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FUSED = {"prepare_kernel", "walk_kernel", "replay_kernel", "walk_back_kernel", "gradients_kernel"}
-SINGLE = {"A", "BIAS", "DECAY", "SCALARS", "STATE", "DSTATE", "S0", "S1", "DS0", "DS1", "DA"}       # in float32 there, too
+SINGLE = {"A", "BIAS", "DECAY", "SCALARS", "STATE", "DSTATE", "DA"}       # in float32 there, too
 POINTERS = {"float32": "*fp32", "int8": "*i8", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
 
 
