@@ -1092,8 +1092,8 @@ def fold(q, k, g, beta, scale):
     "What a chunk brings to the walk, in PyTorch: qg, ke, kg, Aqk, X, decay, rq, rk, beta."
     rq, rk = (1 / (x.square().sum(-1) + 1e-6).sqrt() for x in (q, k))
     G, (Aqk, A) = g.cumsum(0), decay_scores((q, k), k, g)
-    N = (beta * rk)[:, None] * A * rk
-    X = rk[:, None] * torch.linalg.inv(torch.eye(len(k)).to(N) + N) * beta
+    N = rk[:, None] * A * (rk * beta)
+    X = torch.linalg.inv(torch.eye(len(k)).to(N) + N)
     Aqk = (scale * rq)[:, None] * (Aqk + torch.diag((q * k).sum(-1)))
     return (q * G.exp(), k * G.exp(), k * (G[-1] - G).exp(), Aqk, X, G[-1].exp(),
             scale * rq, rk, beta)
@@ -1185,8 +1185,7 @@ def folded_inverse_tile(
     TYPE: tl.constexpr,  # of the operands; float32 is rounded to TF32
 ):  # [C, C]
     "X of equation 3."
-    N = (beta * rk)[:, None] * Akk * rk[None, :]
-    return rk[:, None] * inverse_tile(N, False, TYPE) * beta[None, :]
+    return inverse_tile(rk[:, None] * Akk * (rk * beta)[None, :], False, TYPE)
 
 # %% ../nbs/40_fused_forward.ipynb #loads
 @triton.jit
@@ -1232,12 +1231,13 @@ def load_decays(G, A, BIAS, at, real, head, channel, bound, K: tl.constexpr,
 # %% ../nbs/40_fused_forward.ipynb #prepare-kernel
 @triton.jit(do_not_specialize=["FIRST", "COUNT", "T", "PER"])
 def prepare_kernel(Q, KEYS, G, BETA, A, BIAS, CHUNKS, QG, KE, KG, AQK, X, DECAY, SCALARS, WIDE,
-                   scale, bound, strongest, least, FIRST, COUNT, T, PER, H, HV, K: tl.constexpr,
+                   scale, bound, strongest, FIRST, COUNT, T, PER, H, HV, K: tl.constexpr,
                    C: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, BOUNDED: tl.constexpr,
                    FREE: tl.constexpr, UNIT: tl.constexpr, RAW_BETA: tl.constexpr,
-                   PACKED: tl.constexpr, AGAIN: tl.constexpr):
+                   PACKED: tl.constexpr, BACKWARD: tl.constexpr, AGAIN: tl.constexpr):
     DTYPE: tl.constexpr = Q.dtype.element_ty
-    RANGE: tl.constexpr = DTYPE if UNIT and DTYPE == tl.bfloat16 else tl.float32
+    COARSE: tl.constexpr = UNIT and DTYPE == tl.bfloat16 and not BACKWARD
+    RANGE: tl.constexpr = DTYPE if COARSE else tl.float32
     SHORT: tl.constexpr = tl.float16 if UNIT and RAW_BETA and DTYPE != tl.float32 else tl.float32
     program, head = tl.program_id(0), tl.program_id(1)
     chunk = (program // COUNT * PER + FIRST + program % COUNT).to(tl.int64)
@@ -1280,7 +1280,7 @@ def prepare_kernel(Q, KEYS, G, BETA, A, BIAS, CHUNKS, QG, KE, KG, AQK, X, DECAY,
     if AGAIN: Akk = tl.trans(Aqk)
     elif FREE: tl.store(WIDE + own, (lowest < -200.0).to(tl.int8))
     if RAW_BETA: beta = tl.where(real, strongest, 0.0) * reciprocal(1 + power_of_two(beta * -LOG2E))
-    else: beta = tl.where(real & (tl.abs(beta) < least), least, beta)
+    elif BACKWARD: beta = tl.where(real & (tl.abs(beta) < 2 ** -30), 2 ** -30, beta)
     rq, rk = tl.where(real, scale, 0.0), tl.where(real, 1.0, 0.0)
     if UNIT: rq, rk = rq * tl.rsqrt(qq + 1e-6), rk * tl.rsqrt(kk + 1e-6)
     scalars = SCALARS + own * 3 * C + i
@@ -1306,7 +1306,7 @@ def reach(gated, lower_bound):
 
 
 def prepare_triton(q, k, g, beta, scale, unit, cu_seqlens, gated, A, bias, raw_beta, doubled,
-                   lower_bound, C=32, least=0.0):
+                   lower_bound, C=32, backward=False):
     """Room for qg, ke, kg, Aqk, X, decay and row scalars of all chunks, and for which are wide;
     how many chunks there are to cut, of each sequence or of all; what computes some of them."""
     (B, T, H, K), HV, per = q.shape, beta.shape[2], triton.cdiv(q.shape[1], C)
@@ -1325,9 +1325,10 @@ def prepare_triton(q, k, g, beta, scale, unit, cu_seqlens, gated, A, bias, raw_b
         for again in (False, True) if free else (False,):
             launch(prepare_kernel, ((last - first) * (1 if packed else B), HV), q, k, g, beta, A,
                    bias, chunks, *results, wide, float(scale), float(lower_bound or 0),
-                   2.0 if doubled else 1.0, least, first, last - first, T, per, H, HV, K=K, C=C,
+                   2.0 if doubled else 1.0, first, last - first, T, per, H, HV, K=K, C=C,
                    BK=min(BK, 32) if again else BK, GATED=gated, BOUNDED=bounded, FREE=free,
-                   UNIT=unit, RAW_BETA=raw_beta, PACKED=packed, AGAIN=again)
+                   UNIT=unit, RAW_BETA=raw_beta, PACKED=packed, BACKWARD=backward,
+                   AGAIN=again)
 
     return (*results, wide), NT if packed else per, prepare
 
@@ -1338,10 +1339,11 @@ def writes_tile(
     known,  # what the state answers to faded keys, [V, C]
     X,  # turned, [C, C]
     rk,  # [C]
+    beta,  # [C]
 ):  # what tokens write, [V, C]
     "Equation 3, first line, turned."
     known = (rk[None, :] * known).to(v.dtype)
-    return (dot(v, X) - dot(known, X)).to(v.dtype)
+    return ((rk * beta)[None, :] * (dot(v, X) - dot(known, X))).to(v.dtype)
 
 
 @triton.jit
@@ -1354,12 +1356,13 @@ def folded_step_tile(
     decay,  # of the whole chunk, [K]
     rq,  # [C]
     rk,  # [C]
+    beta,  # [C]
     S,  # state on entry, [V, K]
 ):  # o [V, C], the state on exit [V, K]
     "Equation 3, turned."
     answers = tl.reshape(dot(S.to(v.dtype), faded), (v.shape[0], 2, v.shape[1]))
     known, o = tl.split(tl.permute(answers, (0, 2, 1)))
-    v_new = writes_tile(v, known, X, rk)
+    v_new = writes_tile(v, known, X, rk, beta)
     S = S * decay[None, :] + dot(v_new, kg)
     return rq[None, :] * o + dot(v_new, Aqk), S
 
@@ -1407,7 +1410,8 @@ def walk_kernel(VALUES, QG, KE, KG, AQK, X, DECAY, SCALARS, STATE, O, KEPT, OFFS
         Xt, Aqk = tl.load(X + square), tl.load(AQK + square)
         kg = tl.load(KG + token[:, None] * K + key[None, :])
         decay, rq, rk = tl.load(DECAY + key), tl.load(SCALARS + token), tl.load(SCALARS + C + token)
-        o, S = folded_step_tile(v, faded, kg, Xt, Aqk, decay, rq, rk, S)
+        beta = tl.load(SCALARS + 2 * C + token)
+        o, S = folded_step_tile(v, faded, kg, Xt, Aqk, decay, rq, rk, beta, S)
         tl.store(O + token[None, :] * (HV * V) + value, o.to(O.dtype.element_ty), token[None, :] < left)
         left -= C
         QG, KE, KG = QG + HV * C * K, KE + HV * C * K, KG + HV * C * K
@@ -1536,7 +1540,8 @@ def load_writes(VALUES, KE, X, SCALARS, S, own, left, value, key, token, HV,
     v = tl.load(VALUES + tl.minimum(token, left - 1)[None, :] * (HV * V) + value)
     ke = tl.load(KE + own * C * K + token[None, :] * K + key[:, None])
     X_ = tl.load(X + own * C * C + token[:, None] + token[None, :] * C)
-    return writes_tile(v, dot(S, ke), X_, tl.load(SCALARS + own * 3 * C + C + token))
+    rk, beta = tl.load(SCALARS + own * 3 * C + C + token), tl.load(SCALARS + own * 3 * C + 2 * C + token)
+    return writes_tile(v, dot(S, ke), X_, rk, beta)
 
 # %% ../nbs/41_fused_backward.ipynb #replay-kernel
 @triton.jit(do_not_specialize=["T", "PER"])
@@ -1573,11 +1578,13 @@ def folded_step_bwd_tile(
     decay,  # of the whole chunk, [K]
     rq,  # [C]
     rk,  # [C]
+    beta,  # [C]
     dS,  # gradient of the state on exit, [V, K]
 ):  # dv [V, C], gradient of the state on entry [V, K]
     "Equations 1 and 2, turned."
-    dw = dot(do, Aqk) + dot(dS.to(do.dtype), kg)
-    dv = dot(dw.to(do.dtype), X)
+    dw = (rk * beta)[None, :] * (dot(do, Aqk) + dot(dS.to(do.dtype), kg))
+    short = dw.to(do.dtype)
+    dv = dot(short, X) + (dw - short.to(tl.float32))            # X has ones on its diagonal
     dq = (rq[None, :] * do.to(tl.float32)).to(do.dtype)
     dS = dS * decay[None, :] + dot(dq, qg)
     return dv, dS + dot((-rk[None, :] * dv).to(do.dtype), ke)
@@ -1609,8 +1616,9 @@ def walk_back_kernel(DO, QG, KE, KG, AQK, X, DECAY, SCALARS, DSTATE, DV, DSTATES
         qg, ke = tl.load(QG + straight), tl.load(KE + straight)
         decay = tl.load(DECAY + key)
         rq, rk = tl.load(SCALARS + token), tl.load(SCALARS + C + token)
+        beta = tl.load(SCALARS + 2 * C + token)
         tl.store(DSTATES + key[None, :] * V + value, dS.to(DSTATES.dtype.element_ty))
-        dv, dS = folded_step_bwd_tile(do, qg, ke, kg, X_, Aqk, decay, rq, rk, dS)
+        dv, dS = folded_step_bwd_tile(do, qg, ke, kg, X_, Aqk, decay, rq, rk, beta, dS)
         at = token[None, :] * (HV * V) + value
         tl.store(DV + at, dv.to(DV.dtype.element_ty), token[None, :] < left)
         left = C
@@ -1867,7 +1875,7 @@ def fused_backward(q, k, v, g, beta, scale, unit, cu_seqlens, kept, o, do, dS1, 
         pairs, sides, chunks = pair_tables(borders, C)
     prepared, count, prepare = prepare_triton(
         q, k, g, beta, scale, unit, cu_seqlens, gated, A, bias, raw_beta, doubled, lower_bound, C,
-        least=2 ** -30)
+        backward=True)
     qg, ke, kg, Aqk, X, decay, scalars, wide = prepared
     NT, NP, sizes = len(qg), len(pairs) if packed else B * triton.cdiv(per, 2), dict(K=K, V=V, C=C)
     dv, dS, dstates = torch.empty_like(v), dS1.clone(), v.new_empty(NT, HV, K, V)
