@@ -39,7 +39,7 @@ test-gpu:
 	@echo '[1/2] Tests, on both backends'
 	@PYTHONPATH=. $(PYTHON) -m pytest tests
 	@echo '[2/2] Notebooks, with their GPU cells'
-	@PYTHONPATH=. $(PYTHON) -c 'from nbdev.test import nbdev_test; nbdev_test(flags="cuda", do_print=True)'
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) -c 'from nbdev.test import nbdev_test; nbdev_test(flags="cuda", do_print=True)'
 
 docs: export
 	@echo 'Build the site'

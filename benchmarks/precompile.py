@@ -26,7 +26,10 @@ def tune_separately():
         init(self, fn, arg_names, configs, [*key, *(s for s in SWITCHES if s in arg_names and s not in key)], *args, **kwargs)
         tuners.append(self)
 
-    def with_purpose(self, key, *args): return on_disk(self, (*key, *about), *args)
+    def with_purpose(self, key, *args):
+        result = on_disk(self, (*key, *about), *args)
+        if (*key, *about) in self.cache: self.cache[key] = self.cache[(*key, *about)]       # found on disk, under its own key
+        return result
     Autotuner.__init__, Autotuner.check_disk_cache = with_switches, with_purpose
 
 

@@ -1231,14 +1231,16 @@ def load_decays(G, A, BIAS, at, real, head, channel, bound, K: tl.constexpr,
 # %% ../nbs/40_fused_forward.ipynb #prepare-kernel
 @triton.jit(do_not_specialize=["FIRST", "COUNT", "T", "PER"])
 def prepare_kernel(Q, KEYS, G, BETA, A, BIAS, CHUNKS, QG, KE, KG, AQK, X, DECAY, SCALARS, WIDE,
-                   scale, bound, strongest, FIRST, COUNT, T, PER, H, HV, K: tl.constexpr,
+                   scale, bound, FIRST, COUNT, T, PER, H, HV, K: tl.constexpr,
                    C: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, BOUNDED: tl.constexpr,
                    FREE: tl.constexpr, UNIT: tl.constexpr, RAW_BETA: tl.constexpr,
-                   PACKED: tl.constexpr, BACKWARD: tl.constexpr, AGAIN: tl.constexpr):
+                   DOUBLED: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, AGAIN: tl.constexpr):
     DTYPE: tl.constexpr = Q.dtype.element_ty
-    COARSE: tl.constexpr = UNIT and DTYPE == tl.bfloat16 and not BACKWARD
+    HALF: tl.constexpr = UNIT and RAW_BETA and DTYPE != tl.float32
+    SHORT: tl.constexpr = tl.float16 if HALF else tl.float32
+    COARSE: tl.constexpr = HALF and DTYPE == tl.bfloat16 and not (DOUBLED or BACKWARD)
     RANGE: tl.constexpr = DTYPE if COARSE else tl.float32
-    SHORT: tl.constexpr = tl.float16 if UNIT and RAW_BETA and DTYPE != tl.float32 else tl.float32
+    STRONGEST: tl.constexpr = 2.0 if DOUBLED else 1.0
     program, head = tl.program_id(0), tl.program_id(1)
     chunk = (program // COUNT * PER + FIRST + program % COUNT).to(tl.int64)
     own = chunk * HV + head
@@ -1279,7 +1281,7 @@ def prepare_kernel(Q, KEYS, G, BETA, A, BIAS, CHUNKS, QG, KE, KG, AQK, X, DECAY,
         tl.store(DECAY + own * K + channel, half * half)
     if AGAIN: Akk = tl.trans(Aqk)
     elif FREE: tl.store(WIDE + own, (lowest < -200.0).to(tl.int8))
-    if RAW_BETA: beta = tl.where(real, strongest, 0.0) * reciprocal(1 + power_of_two(beta * -LOG2E))
+    if RAW_BETA: beta = tl.where(real, STRONGEST, 0.0) * reciprocal(1 + power_of_two(beta * -LOG2E))
     elif BACKWARD: beta = tl.where(real & (tl.abs(beta) < 2 ** -30), 2 ** -30, beta)
     rq, rk = tl.where(real, scale, 0.0), tl.where(real, 1.0, 0.0)
     if UNIT: rq, rk = rq * tl.rsqrt(qq + 1e-6), rk * tl.rsqrt(kk + 1e-6)
@@ -1325,9 +1327,9 @@ def prepare_triton(q, k, g, beta, scale, unit, cu_seqlens, gated, A, bias, raw_b
         for again in (False, True) if free else (False,):
             launch(prepare_kernel, ((last - first) * (1 if packed else B), HV), q, k, g, beta, A,
                    bias, chunks, *results, wide, float(scale), float(lower_bound or 0),
-                   2.0 if doubled else 1.0, first, last - first, T, per, H, HV, K=K, C=C,
+                   first, last - first, T, per, H, HV, K=K, C=C,
                    BK=min(BK, 32) if again else BK, GATED=gated, BOUNDED=bounded, FREE=free,
-                   UNIT=unit, RAW_BETA=raw_beta, PACKED=packed, BACKWARD=backward,
+                   UNIT=unit, RAW_BETA=raw_beta, DOUBLED=doubled, PACKED=packed, BACKWARD=backward,
                    AGAIN=again)
 
     return (*results, wide), NT if packed else per, prepare

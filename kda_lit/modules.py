@@ -285,6 +285,7 @@ class ShortConvolution(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # y [B, T, D], new cache [N, D, W] or None
         "Equation 1. ValueError or TypeError, naming the argument, before anything runs."
         cache = _conv_start(x, residual, mask, cache, cu_seqlens, self.weight)
+        if cu_seqlens is not None: cu_seqlens = cu_seqlens.to(x.device)
         if mask is not None: x = x * mask[..., None].to(x.dtype)
         silu, wide = self.activation is not None, residual is not None
         dtype = compute_dtype(x) if wide else x.dtype       # a sum is rounded once, at the end

@@ -476,7 +476,7 @@ def index_put_first_axis(
 ) -> Tensor:  # [first_axis_dim, …], zero elsewhere
     """Rows back in their places; differentiable.
     Source: fla/layers/utils.py IndexPutFirstAxis"""
-    return x.new_zeros(first_axis_dim, *x.shape[1:]).index_copy(0, indices, x)
+    return x.new_zeros(first_axis_dim, *x.shape[1:]).index_copy(0, indices.to(x.device), x)
 
 
 def pad_input(

@@ -2,8 +2,9 @@
 import pytest
 import torch
 
+from conftest import DEVICE
 from helpers import borders, distance, draw, recurrence_packed
-from kda_lit import chunk_kda, naive_chunk_kda, naive_recurrent_kda, trace_kda
+from kda_lit import KimiDeltaAttention, chunk_kda, fused_recurrent_kda, naive_chunk_kda, naive_recurrent_kda, trace_kda
 
 F64 = torch.float64
 SHAPES = [  # B, T, H, HV, K, V: a token, borders of a chunk, and sizes that are no powers of two
@@ -46,6 +47,24 @@ def test_ragged(backend):
     cu_seqlens = borders([0, 1, 33, 0, 2])
     alone = lambda output_final_state, **x: recurrence_packed(x, cu_seqlens)
     compare(backend, draw(1, 36, 1, 12, 20, 2, N=5), alone, options=dict(cu_seqlens=cu_seqlens, chunk_size=32))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs two devices")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", [chunk_kda, fused_recurrent_kda], ids=["chunk", "recurrent"])
+def test_borders_on_the_cpu(op, dtype):
+    "Borders may lie where the tensors do not: the same values, the same gradients."
+    x, cu_seqlens = {name: t.to(DEVICE, dtype) for name, t in draw(1, 70, 1, 32, 32, 2, N=3).items()}, borders([33, 0, 37])
+    do, dS = torch.randn_like(x["v"]), torch.randn_like(x["initial_state"])
+    here, there = (everything(op, x, do, dS, cu_seqlens=cu) for cu in (cu_seqlens, cu_seqlens.to(DEVICE)))
+    for name in here: assert distance(here[name], there[name]) < 1e-6, name
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs two devices")
+def test_borders_of_a_layer_on_the_cpu():
+    layer, x = KimiDeltaAttention(32, head_dim=16, num_heads=2).to(DEVICE), torch.randn(1, 9, 32, device=DEVICE)
+    here, there = (layer(x, cu_seqlens=cu)[0] for cu in (borders([4, 5]), borders([4, 5]).to(DEVICE)))
+    assert distance(here, there) < 1e-6
 
 
 def test_no_tokens(backend):

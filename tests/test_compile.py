@@ -22,6 +22,7 @@ SETTINGS = {  # sizes, packed lengths, initial state
 settings = pytest.mark.parametrize("sizes, lens, state", SETTINGS.values(), ids=SETTINGS)
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 EAGER = dict(backend="aot_eager", fullgraph=True)
+SAME = 0 if DEVICE == "cpu" else 1e-6     # calls without gradients have kernels of their own on a GPU, but not in a graph
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +112,7 @@ def other_length(f, x_of):
     "How many graphs it takes for four lengths, the values compared at each."
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(f, backend=graphs, fullgraph=True)
-    for T in (20, 31, 44, 70): assert distance(compiled(x_of(T)), f(x_of(T))) == 0
+    for T in (20, 31, 44, 70): assert distance(compiled(x_of(T)), f(x_of(T))) <= SAME
     return graphs.frame_count
 
 
@@ -128,7 +129,7 @@ def test_lengths_are_not_compiled_in(op):
 def test_nothing_is_kept_without_gradients(op):
     x, _ = inputs(dict(B=2, T=9))
     with torch.no_grad(): same_values = torch.compile(lambda x: op(**x)[0], **EAGER)(x)
-    assert not same_values.requires_grad and distance(same_values, op(**x)[0]) == 0
+    assert not same_values.requires_grad and distance(same_values, op(**x)[0]) <= SAME
 
 
 @pytest.mark.parametrize("cu, words", [([0, 7, 5, 9], "non-decreasing"), ([0, 8], "T = 9"), ([1, 9], "0 at its start")])
@@ -253,12 +254,12 @@ def test_evaluation_and_decoding(kind):
     x, y = torch.randn(2, 2, 9, 24, device=DEVICE)
     with torch.no_grad():
         f = torch.compile(lambda x, cache: layer(x, past_key_values=cache, use_cache=True), **EAGER)
-        assert distance(torch.compile(layer, **EAGER)(x)[0], layer(x)[0]) == 0
+        assert distance(torch.compile(layer, **EAGER)(x)[0], layer(x)[0]) <= SAME
         (_, _, one), (_, _, two) = f(x, None), layer(x, use_cache=True)
         for t in range(4):
             a, b = f(y[:, t:t + 1], one), layer(y[:, t:t + 1], past_key_values=two, use_cache=True)
-            assert distance(a[0], b[0]) == 0 and a[2] is one and one.get_seq_length() == 10 + t
-    assert distance(one[0]["recurrent_state"], two[0]["recurrent_state"]) == 0
+            assert distance(a[0], b[0]) <= SAME and a[2] is one and one.get_seq_length() == 10 + t
+    assert distance(one[0]["recurrent_state"], two[0]["recurrent_state"]) <= SAME
 
 
 def test_all_the_way():

@@ -1,4 +1,5 @@
 """Does a training step on two processes, each with half of the batch, do what the same step on one process does?"""
+import os
 import socket
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def test_a_step_on_two_processes_is_a_step_on_one(tmp_path):
     torch.save(ids, tmp_path / "ids.pt")
     model(ids, labels=ids).loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
-    both = [subprocess.Popen([sys.executable, "-c", ON_TWO, str(rank), port, tmp_path], stderr=subprocess.PIPE, text=True)
+    both = [subprocess.Popen([sys.executable, "-c", ON_TWO, str(rank), port, tmp_path], stderr=subprocess.PIPE, text=True,
+                             env=os.environ | dict(CUDA_VISIBLE_DEVICES=""))          # gloo is for the CPU
             for rank in range(2)]
     try: said = [process.communicate(timeout=120)[1] for process in both]
     finally: [process.kill() for process in both]
