@@ -32,6 +32,7 @@ def test_runs_are_never_compared_with_one_another():
 def test_errors_are_those_of_rounding(task, shape, gate, monkeypatch):
     monkeypatch.setattr(h200, "DEVICE", "cpu")
     monkeypatch.setattr(h200, "SHAPES", {"A": (1, 64, 2), "C": (3, 64, 1)})
+    monkeypatch.setattr(h200, "DRAWS", dict.fromkeys(h200.INPUTS, 2))
     h200.exact.cache_clear()
     row, kinds = (task, shape, gate, "kda_lit"), h200.INPUTS if task != "decode" else ("fresh",)
     with torch.set_grad_enabled(task == "training"): found = h200.errors(*row, seed=0)
