@@ -1231,14 +1231,14 @@ def load_decays(G, A, BIAS, at, real, head, channel, bound, K: tl.constexpr,
 # %% ../nbs/40_fused_forward.ipynb #prepare-kernel
 @triton.jit(do_not_specialize=["FIRST", "COUNT", "T", "PER"])
 def prepare_kernel(Q, KEYS, G, BETA, A, BIAS, CHUNKS, QG, KE, KG, AQK, X, DECAY, SCALARS, WIDE,
-                   scale, bound, FIRST, COUNT, T, PER, H, HV, K: tl.constexpr,
-                   C: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, BOUNDED: tl.constexpr,
-                   FREE: tl.constexpr, UNIT: tl.constexpr, RAW_BETA: tl.constexpr,
-                   DOUBLED: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, AGAIN: tl.constexpr):
+                   scale, bound, FIRST, COUNT, T, PER, H, HV, K: tl.constexpr, C: tl.constexpr,
+                   BK: tl.constexpr, GATED: tl.constexpr, BOUNDED: tl.constexpr, FREE: tl.constexpr,
+                   UNIT: tl.constexpr, RAW_BETA: tl.constexpr, DOUBLED: tl.constexpr,
+                   PACKED: tl.constexpr, BACKWARD: tl.constexpr, AGAIN: tl.constexpr):
     DTYPE: tl.constexpr = Q.dtype.element_ty
-    HALF: tl.constexpr = UNIT and RAW_BETA and DTYPE != tl.float32
-    SHORT: tl.constexpr = tl.float16 if HALF else tl.float32
-    COARSE: tl.constexpr = HALF and DTYPE == tl.bfloat16 and not (DOUBLED or BACKWARD)
+    SMALL: tl.constexpr = UNIT and RAW_BETA and DTYPE != tl.float32         # all that X is made of
+    SHORT: tl.constexpr = tl.float16 if SMALL else tl.float32
+    COARSE: tl.constexpr = SMALL and DTYPE == tl.bfloat16 and not (DOUBLED or BACKWARD)
     RANGE: tl.constexpr = DTYPE if COARSE else tl.float32
     STRONGEST: tl.constexpr = 2.0 if DOUBLED else 1.0
     program, head = tl.program_id(0), tl.program_id(1)
@@ -1542,7 +1542,8 @@ def load_writes(VALUES, KE, X, SCALARS, S, own, left, value, key, token, HV,
     v = tl.load(VALUES + tl.minimum(token, left - 1)[None, :] * (HV * V) + value)
     ke = tl.load(KE + own * C * K + token[None, :] * K + key[:, None])
     X_ = tl.load(X + own * C * C + token[:, None] + token[None, :] * C)
-    rk, beta = tl.load(SCALARS + own * 3 * C + C + token), tl.load(SCALARS + own * 3 * C + 2 * C + token)
+    rk = tl.load(SCALARS + own * 3 * C + C + token)
+    beta = tl.load(SCALARS + own * 3 * C + 2 * C + token)
     return writes_tile(v, dot(S, ke), X_, rk, beta)
 
 # %% ../nbs/41_fused_backward.ipynb #replay-kernel
