@@ -1092,8 +1092,7 @@ def fold(q, k, g, beta, scale):
     "What a chunk brings to the walk, in PyTorch: qg, ke, kg, Aqk, X, decay, rq, rk, beta."
     rq, rk = (1 / (x.square().sum(-1) + 1e-6).sqrt() for x in (q, k))
     G, (Aqk, A) = g.cumsum(0), decay_scores((q, k), k, g)
-    N = rk[:, None] * A * (rk * beta)
-    X = torch.linalg.inv(torch.eye(len(k)).to(N) + N)
+    X = torch.linalg.inv(torch.eye(len(k)).to(A) + rk[:, None] * A * (rk * beta))
     Aqk = (scale * rq)[:, None] * (Aqk + torch.diag((q * k).sum(-1)))
     return (q * G.exp(), k * G.exp(), k * (G[-1] - G).exp(), Aqk, X, G[-1].exp(),
             scale * rq, rk, beta)
