@@ -41,3 +41,17 @@ def test_errors_are_those_of_rounding(task, shape, gate, monkeypatch):
     monkeypatch.setattr(h200, "call_of", lambda *args: lambda: [1.1 * t for t in right(*args)()])
     if task != "forward": assert 0.09 < h200.error(*row, "fresh", 0) < 0.11
     h200.exact.cache_clear()
+
+
+def test_a_search_that_is_found_on_disk_is_used(monkeypatch):
+    "Kept under the name of a shape, asked for without."
+    from types import SimpleNamespace
+    import precompile
+    from triton.runtime.autotuner import Autotuner
+    monkeypatch.setattr(Autotuner, "__init__", Autotuner.__init__)       # what `tune_separately` changes is restored
+    monkeypatch.setattr(Autotuner, "check_disk_cache", lambda self, key, *rest: self.cache.update({key: "the best"}))
+    monkeypatch.setattr(precompile, "about", ["B"])
+    precompile.tune_separately()
+    tuner = SimpleNamespace(cache={})
+    Autotuner.check_disk_cache(tuner, (128, "bfloat16"), [], None)
+    assert tuner.cache[128, "bfloat16"] == tuner.cache[128, "bfloat16", "B"] == "the best"
